@@ -1,0 +1,355 @@
+"""Every error this backend raises on purpose, each with a message that its reader can act on.
+
+One tree, so that a caller catches as broadly as it means to. ``code`` is the stable word that appears in job
+lists, HTTP answers and metrics; ``retryable`` tells the queue whether trying again can succeed; ``http_status``
+is what the web room answers when the error ends a request.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+LICENCE_URL = "https://github.com/FraunhoferMEVIS/MedicalMultitaskModeling/blob/main/license.md"
+
+
+class BackendError(Exception):
+    """Base of all deliberate errors.
+
+    Parameters
+    ----------
+    message
+        What went wrong, with the value that was wrong in it.
+    hint
+        What the reader can do about it; empty if there is nothing.
+    """
+
+    code: ClassVar[str] = "backend_error"
+    retryable: ClassVar[bool] = False
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+    def as_dict(self) -> dict[str, str | bool]:
+        """The error as JSON: ``code``, ``message``, ``hint``, ``retryable``."""
+        return {"code": self.code, "message": self.message, "hint": self.hint, "retryable": self.retryable}
+
+
+# --- settings and licence ---------------------------------------------------------------------------------------
+
+
+class SettingsError(BackendError):
+    """A setting has a value that cannot be used."""
+
+    code = "bad_setting"
+
+
+class LicenceNotAccepted(BackendError):
+    """``medicalmultitaskmodeling`` refuses to be imported until its licence is accepted by the user."""
+
+    code = "licence_not_accepted"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The licence of medicalmultitaskmodeling (mmm) has not been accepted.",
+            hint=(
+                f"Read it at {LICENCE_URL} (non-commercial research only, no diagnostic use). "
+                'If you agree, set the variable yourself: MMM_LICENSE_ACCEPTED="i accept"'
+            ),
+        )
+
+
+# --- where a slide comes from -----------------------------------------------------------------------------------
+
+
+class SourceError(BackendError):
+    """The slide of a task could not be found or may not be opened."""
+
+    code = "source_error"
+    http_status = 400
+
+
+class TaskFieldMissing(SourceError):
+    """The task has no value in the field that the labelling config points to."""
+
+    code = "task_field_missing"
+
+
+class SlideNotFound(SourceError):
+    """Nothing is stored at the slide's location."""
+
+    code = "slide_not_found"
+    http_status = 404
+
+
+class SourceRefused(SourceError):
+    """The location lies outside the places that the settings allow."""
+
+    code = "source_refused"
+    http_status = 403
+
+
+class DownloadFailed(SourceError):
+    """The slide is on another machine that did not deliver it; trying later may work."""
+
+    code = "download_failed"
+    retryable = True
+    http_status = 502
+
+
+# --- reading a slide --------------------------------------------------------------------------------------------
+
+
+class SlideError(BackendError):
+    """The slide was found, but cannot be analysed."""
+
+    code = "slide_error"
+    http_status = 422
+
+
+class SlideUnreadable(SlideError):
+    """No reader understands the file, or it is damaged."""
+
+    code = "slide_unreadable"
+
+
+class SlideTooLarge(SlideError):
+    """A plain image whose decoded size is over ``IMAGE_MAX_PIXELS``: probably a decompression bomb."""
+
+    code = "slide_too_large"
+
+
+class SlideTooSmall(SlideError):
+    """The image is smaller than one tile."""
+
+    code = "slide_too_small"
+
+
+class SlideTooCoarse(SlideError):
+    """The slide's pixels are much larger than those of a tile: enlarging it would show the model cells that nobody scanned."""
+
+    code = "slide_too_coarse"
+
+
+class MppUnknown(SlideError):
+    """Neither the slide, nor the task, nor the settings say how large a pixel is."""
+
+    code = "mpp_unknown"
+
+
+class NoTissue(SlideError):
+    """The slide was read, and there is no tissue on it."""
+
+    code = "no_tissue"
+
+
+class TileOutside(SlideError):
+    """The deep-zoom tile or region that was asked for does not lie on the slide."""
+
+    code = "tile_outside"
+    http_status = 404
+
+
+# --- the model --------------------------------------------------------------------------------------------------
+
+
+class ModelError(BackendError):
+    """The checkpoint cannot be used."""
+
+    code = "model_error"
+
+
+class CheckpointUnreadable(ModelError):
+    """The checkpoint is missing, is not a zip of blocks, or does not match its pinned SHA-256."""
+
+    code = "checkpoint_unreadable"
+
+
+class CheckpointRefused(ModelError):
+    """A pickle in the checkpoint names something that a model does not need; nothing of it was executed."""
+
+    code = "checkpoint_refused"
+
+
+class BlockBroken(ModelError):
+    """One of encoder, squeezer, grouper is missing or does not fit; the message names it."""
+
+    code = "block_broken"
+
+
+class ModelMismatch(ModelError):
+    """A worker runs another model, or other tile settings, than the process that asked."""
+
+    code = "model_mismatch"
+
+
+class DeviceUnavailable(ModelError):
+    """The device asked for is not on this machine."""
+
+    code = "device_unavailable"
+
+
+class OutOfDeviceMemory(ModelError):
+    """Even a batch of one tile does not fit into the device's memory."""
+
+    code = "out_of_device_memory"
+
+
+# --- results, queue, Label Studio -------------------------------------------------------------------------------
+
+
+class ResultDamaged(BackendError):
+    """A stored result cannot be read back; it has been set aside."""
+
+    code = "result_damaged"
+    retryable = True
+
+
+class ResultNotFound(BackendError):
+    """Nothing is stored under this bag key."""
+
+    code = "result_not_found"
+    http_status = 404
+
+
+class QueueUnavailable(BackendError):
+    """Redis does not answer."""
+
+    code = "queue_unavailable"
+    retryable = True
+    http_status = 503
+
+
+class JobTimedOut(BackendError):
+    """The job ran longer than ``JOB_TIMEOUT_S``."""
+
+    code = "job_timed_out"
+
+
+class JobNotFound(BackendError):
+    """No job of this id is listed any more."""
+
+    code = "job_not_found"
+    http_status = 404
+
+
+class JobRefused(BackendError):
+    """The job in Redis names something that our workers do not run; nothing of it was imported."""
+
+    code = "job_refused"
+
+
+class WorkerDied(BackendError):
+    """The worker was killed or crashed while it ran the job, as often as the job may be tried."""
+
+    code = "worker_died"
+
+
+class TrainingUnavailable(BackendError):
+    """Heads cannot be trained yet."""
+
+    code = "training_unavailable"
+    http_status = 501
+
+
+class EmbeddingInvalid(BackendError):
+    """An embedding or latent that is to teach, or to be judged, is not a finite vector; the message names it."""
+
+    code = "embedding_invalid"
+    http_status = 422
+
+
+class HeadMismatch(BackendError):
+    """A head was trained on other embeddings than the ones it is asked about."""
+
+    code = "head_mismatch"
+    http_status = 409
+
+
+class HeadNotFound(BackendError):
+    """No heads are stored under this model version."""
+
+    code = "head_not_found"
+    http_status = 404
+
+
+class HeadDamaged(BackendError):
+    """Stored heads cannot be read back."""
+
+    code = "head_damaged"
+
+
+class LabelStudioError(BackendError):
+    """Label Studio answered, and refused what was asked."""
+
+    code = "label_studio_error"
+    http_status = 502
+
+
+class LabelStudioUnreachable(LabelStudioError):
+    """Label Studio does not answer, or answers 5xx; trying later may work."""
+
+    code = "label_studio_unreachable"
+    retryable = True
+
+
+class LabelStudioNotStarted(BackendError):
+    """The Label Studio that the demo or a test runs could not be installed or started."""
+
+    code = "label_studio_not_started"
+
+
+class LabelConfigUnsupported(BackendError):
+    """The labelling config has no control that this backend can fill."""
+
+    code = "label_config_unsupported"
+    http_status = 400
+
+
+class InvalidPrediction(BackendError):
+    """A prediction failed its own check before it was sent: a defect of ours, never sent to Label Studio."""
+
+    code = "invalid_prediction"
+
+
+class ExportUnsupported(BackendError):
+    """The result cannot be written in the form that was asked for."""
+
+    code = "export_unsupported"
+    http_status = 400
+
+
+class RequestInvalid(BackendError):
+    """The HTTP request's body is not what the protocol says."""
+
+    code = "request_invalid"
+    http_status = 400
+
+
+# --- web --------------------------------------------------------------------------------------------------------
+
+
+class SignatureInvalid(BackendError):
+    """The signature in an address is missing or wrong."""
+
+    code = "signature_invalid"
+    http_status = 403
+
+
+class OriginRefused(BackendError):
+    """A page of another site asked for a change."""
+
+    code = "origin_refused"
+    http_status = 403
+
+
+class PanelNotBuilt(BackendError):
+    """The parts that the panel's pages load were not installed."""
+
+    code = "panel_not_built"
+    http_status = 503
