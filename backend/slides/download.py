@@ -1,0 +1,274 @@
+"""Bytes from other machines: asking who a remote slide is, fetching it whole, and keeping the cache within its size."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from ssl import SSLContext
+from typing import Any, BinaryIO, ClassVar
+from urllib.parse import urljoin, urlsplit
+
+import fsspec
+import httpx
+
+from backend.errors import BackendError, DownloadFailed, SettingsError, SlideNotFound, SourceError, SourceRefused
+from backend.results.bag import digest
+from backend.settings import Settings
+from backend.slides.places import Place, check_redirect, origin, shown
+
+log = logging.getLogger(__name__)
+
+Headers = Callable[[], Mapping[str, str]]
+
+_ASK_TIMEOUT_S = 5.0
+_MAX_REDIRECTS = 5
+_PIECE_BYTES = 1 << 20
+_RECENT_S = 300.0  # another process may be about to open what it fetched so recently
+_STALE_PART_S = 86_400.0
+
+
+# --- who is it ----------------------------------------------------------------------------------------------------
+
+
+def http_identity(place: Place, settings: Settings, headers: Headers) -> str:
+    """What tells this content from another under the same URL: ETag, Last-Modified and length, by HEAD, or GET where HEAD is refused."""
+    for method in ("HEAD", "GET"):
+        with _request(method, place, settings, headers, timeout=httpx.Timeout(_ASK_TIMEOUT_S)) as response:
+            if method == "HEAD" and response.status_code in (400, 403, 405, 501):
+                continue  # signed URLs are signed for one method
+            _check_status(response, place)
+            told = [response.headers.get(name, "") for name in ("ETag", "Last-Modified", "Content-Length")]
+            return "|".join([place.location, *told])
+    raise AssertionError("GET was not answered")
+
+
+def fsspec_identity(place: Place) -> str:
+    """URL, size, ETag and modification time as the store tells them."""
+    info = _fsspec(place, lambda fs, path: fs.info(path))
+    if info.get("type") == "directory":
+        raise SourceRefused(f"{shown(place.location)} is a folder.", hint="Name a file.")
+    told = [
+        str(info.get(name) or "")
+        for name in ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated")
+    ]
+    return "|".join([place.location, *told])
+
+
+# --- fetching -----------------------------------------------------------------------------------------------------
+
+
+class DownloadCache:
+    """Downloaded slides in ``MODEL_DIR/cache/slides``, least recently used ones deleted first.
+
+    A file appears under its name only when it is complete. What the threads of this process fetched last is never deleted, nor is
+    anything that any process fetched within the last five minutes.
+    """
+
+    _held: ClassVar[dict[int, frozenset[Path]]] = {}
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, settings: Settings, headers: Headers) -> None:
+        self.folder = settings.model_dir / "cache" / "slides"
+        self._settings = settings
+        self._headers = headers
+
+    def get(self, place: Place, identity: str) -> Path:
+        """The local copy of a remote slide, downloaded if it is not there."""
+        # The name is a digest: nothing of a URL becomes part of a path but a short ending, by which some readers know the format.
+        ending = re.search(r"\.[A-Za-z0-9]{1,8}$", urlsplit(place.location).path)
+        name = digest({"location": place.location, "identity": identity}) + (ending.group().lower() if ending else "")
+        target = self.folder / name
+        try:
+            os.utime(target)  # the time of last use
+            return target
+        except FileNotFoundError:
+            pass
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = self.folder / f".{name}.{uuid.uuid4().hex}.part"
+        try:
+            with part.open("xb") as file:
+                if place.kind == "fsspec":
+                    self._from_store(place, file)
+                else:
+                    self._from_http(place, file)
+            part.replace(target)
+        except OSError as error:
+            reason = f"{shown(place.location)} could not be kept in {self.folder}: {error.strerror or error}."
+            raise DownloadFailed(reason, hint="Make room there, or set MODEL_DIR to another disk.") from error
+        finally:
+            part.unlink(missing_ok=True)
+        return target
+
+    def hold(self, paths: tuple[Path, ...]) -> None:
+        """Keep ``paths`` until this thread fetches its next slide, and trim the cache of others."""
+        alive = {thread.ident for thread in threading.enumerate()}
+        with self._lock:
+            for ident in [i for i in self._held if i not in alive]:
+                del self._held[ident]
+            self._held[threading.get_ident()] = frozenset(paths)
+            held = frozenset().union(*self._held.values())
+        self._trim(held)
+
+    def _trim(self, held: frozenset[Path]) -> None:
+        now = time.time()
+        entries: list[tuple[float, int, Path]] = []
+        try:
+            found = list(os.scandir(self.folder))
+        except FileNotFoundError:
+            return
+        for entry in found:
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
+                status = entry.stat(follow_symlinks=False)
+                if entry.name.endswith(".part"):
+                    if now - status.st_mtime > _STALE_PART_S:
+                        Path(entry.path).unlink()
+                else:
+                    entries.append((status.st_mtime, status.st_size, Path(entry.path)))
+        total = sum(size for _, size, _ in entries)
+        for used, size, path in sorted(entries):
+            if total <= self._settings.download_cache_max_bytes:
+                return
+            if path in held or now - used < _RECENT_S:
+                continue
+            path.unlink(missing_ok=True)
+            total -= size
+            log.info("deleted %s from the cache of downloaded slides", path.name)
+
+    def _from_http(self, place: Place, file: BinaryIO) -> None:
+        timeout = httpx.Timeout(self._settings.download_timeout_s)
+        with _request("GET", place, self._settings, self._headers, timeout=timeout) as response:
+            _check_status(response, place)
+            length = response.headers.get("Content-Length", "")
+            self._check_size(int(length) if length.isdigit() else 0, place)
+            with _http_errors(place):
+                self._copy(response.iter_bytes(_PIECE_BYTES), file, place)
+
+    def _from_store(self, place: Place, file: BinaryIO) -> None:
+        def copy(fs: Any, path: str) -> None:
+            self._check_size(int(fs.info(path).get("size") or 0), place)
+            with fs.open(path, "rb") as remote:
+                self._copy(iter(lambda: remote.read(_PIECE_BYTES), b""), file, place)
+
+        _fsspec(place, copy)
+
+    def _copy(self, pieces: Iterator[bytes], file: BinaryIO, place: Place) -> None:
+        total = 0
+        for piece in pieces:
+            total += len(piece)
+            self._check_size(total, place)
+            file.write(piece)
+
+    def _check_size(self, size: int, place: Place) -> None:
+        limit = self._settings.download_max_bytes
+        if size > limit:
+            raise SourceRefused(
+                f"{shown(place.location)} is larger than {limit} bytes.",
+                hint="Raise DOWNLOAD_MAX_BYTES if it shall be downloaded.",
+            )
+
+
+# --- http ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _ssl_context() -> SSLContext:
+    return httpx.create_ssl_context()
+
+
+@contextlib.contextmanager
+def _http_errors(place: Place) -> Iterator[None]:
+    try:
+        yield
+    except httpx.TimeoutException as error:
+        raise DownloadFailed(f"{shown(place.location)} did not answer in time ({type(error).__name__}).") from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise DownloadFailed(
+            f"{shown(place.location)} could not be fetched: {error or type(error).__name__}."
+        ) from error
+
+
+@contextlib.contextmanager
+def _request(
+    method: str, place: Place, settings: Settings, headers: Headers, *, timeout: httpx.Timeout
+) -> Iterator[httpx.Response]:
+    """The answer to a request, its body not read yet, after at most five redirects of which each has passed the rules."""
+    with httpx.Client(verify=_ssl_context(), timeout=timeout, follow_redirects=False) as client:
+        at = place
+        for _ in range(_MAX_REDIRECTS + 1):
+            # The token goes to Label Studio's own files and nowhere else, whoever redirects where.
+            private = dict(headers()) if at.kind == "label_studio" else {}
+            request = client.build_request(method, at.location, headers={"Accept-Encoding": "identity", **private})
+            with _http_errors(at):
+                response = client.send(request, stream=True)
+            try:
+                if not response.has_redirect_location:
+                    yield response
+                    return
+                at = _redirected(at, urljoin(at.location, response.headers["Location"]), settings)
+            finally:
+                response.close()
+        raise SourceRefused(f"{shown(place.location)} redirects more than {_MAX_REDIRECTS} times.")
+
+
+def _redirected(at: Place, target: str, settings: Settings) -> Place:
+    if at.kind == "label_studio" and "/user/login" in urlsplit(target).path and origin(target) == origin(at.location):
+        raise SourceRefused(
+            f"Label Studio asks for a login before it gives {shown(at.location)}.",
+            hint="Set LABEL_STUDIO_API_KEY to a token of a user.",
+        )
+    place = check_redirect(target, settings)
+    if place.kind == "file":
+        raise SourceRefused(f"A redirect leads to {shown(target)}.")
+    return place
+
+
+def _check_status(response: httpx.Response, place: Place) -> None:
+    status, where = response.status_code, shown(place.location)
+    if response.is_success:
+        return
+    if status in (404, 410):
+        raise SlideNotFound(f"There is nothing at {where} (HTTP {status}).")
+    if status in (401, 403):
+        ours = place.kind == "label_studio"
+        hint = (
+            "Set LABEL_STUDIO_API_KEY to a token of a user who may see this project."
+            if ours
+            else "Its server wants a login."
+        )
+        raise SourceRefused(f"{where} was refused (HTTP {status}).", hint=hint)
+    if status >= 500 or status in (408, 425, 429):
+        raise DownloadFailed(f"{where} is not available now (HTTP {status}).")
+    raise SourceError(f"{where} was answered with HTTP {status}.")
+
+
+# --- fsspec -------------------------------------------------------------------------------------------------------
+
+
+def _fsspec(place: Place, use: Callable[[Any, str], Any]) -> Any:
+    """Run ``use(file system, path)``, with what stores raise turned into errors of ours."""
+    try:
+        fs, path = fsspec.core.url_to_fs(place.location)
+        return use(fs, path)
+    except BackendError:
+        raise
+    except FileNotFoundError as error:
+        raise SlideNotFound(f"There is nothing at {shown(place.location)}.") from error
+    except PermissionError as error:
+        raise SourceRefused(
+            f"{shown(place.location)} was refused: {error}.", hint="Check the store's credentials."
+        ) from error
+    except (ImportError, ValueError) as error:
+        hint = "For s3, install the extra `s3`; other stores need the package that fsspec names."
+        raise SettingsError(f"{shown(place.location)} cannot be read: {error}.", hint=hint) from error
+    except Exception as error:  # stores raise what their client libraries do, of no common class
+        raise DownloadFailed(
+            f"{shown(place.location)} could not be fetched: {type(error).__name__}: {error}."
+        ) from error

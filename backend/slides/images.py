@@ -1,0 +1,275 @@
+"""Plain images (JPEG, PNG, TIFF) decoded to RGB as a browser shows them. Nothing is decoded before its size is known.
+
+Transparency is laid on white; 16-bit values are scaled from the type's whole range; CMYK is converted without a profile; the EXIF orientation
+**is applied**, because browsers (and so Label Studio) apply it, and regions are drawn on what they show. Of a file
+with several pages the first is taken.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import tifffile
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from backend.errors import SlideTooLarge, SlideTooSmall, SlideUnreadable
+from backend.results.bag import UInt8Array
+from backend.settings import Settings, get_settings
+from backend.slides.resample import WHITE
+
+# Pillow's own guard against decompression bombs has one fixed limit for the process and only warns at first. Every image that
+# this backend decodes passes `_check_pixels` instead, which has the limit of the settings and comes before decoding.
+Image.MAX_IMAGE_PIXELS = None
+
+_FORMATS = ("JPEG", "PNG", "TIFF")
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, struct.error, zlib.error)
+_ORIENTATION_TAG = 0x0112
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_UM_PER_INCH = 25_400.0
+
+
+class DecodedImage:
+    """A plain image as RGB.
+
+    Attributes
+    ----------
+    rgb
+        Mode ``RGB``, orientation applied.
+    format
+        ``"jpeg"``, ``"png"``, ``"tiff"``, or ``"tiff (tifffile)"``.
+    stated_mpp
+        µm per pixel (x, y) by the file's resolution, believed or not; ``None`` if there is none.
+    """
+
+    def __init__(self, rgb: Image.Image, format_name: str, stated_mpp: tuple[float, float] | None) -> None:
+        self.rgb = rgb
+        self.format = format_name
+        self.stated_mpp = stated_mpp
+
+
+def load_image(path: Path, settings: Settings | None = None) -> DecodedImage:
+    """Decode a JPEG, PNG or TIFF.
+
+    Raises
+    ------
+    SlideTooLarge
+        More pixels than ``IMAGE_MAX_PIXELS``; found in the header, before anything is decoded.
+    SlideUnreadable
+        Not such an image, or damaged, or of a kind without a plain meaning as RGB (floating point, LAB).
+    """
+    limit = (settings or get_settings()).image_max_pixels
+    _check_not_cut(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_pixels(path, image.size, limit)
+            if image.format == "TIFF" and image.mode not in (
+                "1",
+                "L",
+                "LA",
+                "P",
+                "RGB",
+                "RGBA",
+                "CMYK",
+                "YCbCr",
+                "I;16",
+            ):
+                raise UnidentifiedImageError(f"mode {image.mode}")
+            stated = _stated_mpp(image)
+            turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
+            rgb = to_rgb(ImageOps.exif_transpose(image))
+            return DecodedImage(rgb, str(image.format).lower(), stated and (stated[::-1] if turned else stated))
+    except UnidentifiedImageError as error:
+        if _tiff_directory(path) is None:
+            raise SlideUnreadable(
+                f"{path.name} is neither a slide that OpenSlide reads nor a JPEG, PNG or TIFF image.",
+                hint="Its first bytes fit no format that is known here.",
+            ) from error
+        return _load_tiff(path, limit)
+    except _DECODING_ERRORS as error:
+        raise SlideUnreadable(f"{path.name} is damaged: {error}.", hint="Copy or export it again.") from error
+
+
+def image_size(path: Path, settings: Settings | None = None) -> tuple[int, int]:
+    """(width, height) in pixels as displayed, from the header where that is enough. Raises as :func:`load_image`."""
+    limit = (settings or get_settings()).image_max_pixels
+    _check_not_cut(path)
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            _check_pixels(path, image.size, limit)
+            # Pillow turns the size of a TIFF by itself, and that of other formats only with the pixels.
+            turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION_TAG) in _TURNED
+            return (image.height, image.width) if turned else image.size
+    except UnidentifiedImageError:
+        return load_image(path, settings).rgb.size
+    except _DECODING_ERRORS as error:
+        raise SlideUnreadable(f"{path.name} is damaged: {error}.", hint="Copy or export it again.") from error
+
+
+def read_patch(path: Path, tile_px: int, settings: Settings | None = None) -> tuple[UInt8Array, tuple[int, int]]:
+    """One image as one tile: scaled so that its long side fits, centred on white if it is not square (cells keep their shape).
+
+    Returns
+    -------
+    uint8 (tile_px, tile_px, 3) RGB, and the image's own (width, height).
+
+    Raises
+    ------
+    SlideTooSmall
+        A side below an eighth of ``tile_px``: there is nothing to enlarge.
+    SlideTooLarge, SlideUnreadable
+        As :func:`load_image`.
+    """
+    image = load_image(path, settings).rgb
+    check_patch_size(path, image.size, tile_px)
+    if image.size == (tile_px, tile_px):
+        return np.array(image, dtype=np.uint8, order="C"), image.size
+    scale = tile_px / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    method = Image.Resampling.HAMMING if scale < 3 / 4 else Image.Resampling.BILINEAR
+    tile = Image.new("RGB", (tile_px, tile_px), WHITE)
+    tile.paste(image.resize(size, method), ((tile_px - size[0]) // 2, (tile_px - size[1]) // 2))
+    return np.array(tile, dtype=np.uint8, order="C"), image.size
+
+
+def check_patch_size(path: Path, size: tuple[int, int], tile_px: int) -> None:
+    """Raise :class:`~backend.errors.SlideTooSmall` if a side of a patch is below an eighth of ``tile_px``."""
+    if min(size) * 8 < tile_px:
+        raise SlideTooSmall(
+            f"The patch {path.name} has {size[0]} x {size[1]} pixels; a tile has {tile_px}.",
+            hint=f"A patch needs at least {-(-tile_px // 8)} pixels on each side.",
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode that Pillow decodes as RGB, transparency laid on white. Raises ``ValueError`` for modes without such a meaning."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        image.load()
+        return image.copy()
+    if image.mode.startswith("I"):
+        # I;16 of PNG and TIFF, or I where Pillow widened it.
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no plain meaning as a picture")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (*WHITE, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _check_pixels(path: Path, size: tuple[int, int], limit: int) -> None:
+    if size[0] * size[1] > limit:
+        raise SlideTooLarge(
+            f"{path.name} would decode to {size[0]} x {size[1]} pixels, over the limit of {limit}.",
+            hint="Plain images are decoded whole. Convert it to a tiled pyramid (for example with `vips tiffsave --tile "
+            "--pyramid --compression jpeg`), or raise IMAGE_MAX_PIXELS.",
+        )
+
+
+def _stated_mpp(image: Image.Image) -> tuple[float, float] | None:
+    dpi = image.info.get("dpi")
+    if not isinstance(dpi, tuple) or len(dpi) != 2 or not all(float(v) > 0 for v in dpi):
+        return None
+    return _UM_PER_INCH / float(dpi[0]), _UM_PER_INCH / float(dpi[1])
+
+
+def _tiff_directory(path: Path) -> int | None:
+    """The byte at which a TIFF's or BigTIFF's first directory starts; ``None`` if the file is no TIFF."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(head[:2])
+    if order is None or len(head) < 16:
+        return None
+    version = struct.unpack(order + "H", head[2:4])[0]
+    if version not in (42, 43):
+        return None
+    offset: int = struct.unpack(order + ("I" if version == 42 else "Q"), head[4:8] if version == 42 else head[8:16])[0]
+    return offset
+
+
+def _check_not_cut(path: Path) -> None:
+    """A TIFF (so a svs, too) whose directory lies behind its end was cut short: say so, rather than "unknown format"."""
+    directory, size = _tiff_directory(path), path.stat().st_size
+    if directory is not None and directory + 2 > size:
+        raise SlideUnreadable(
+            f"{path.name} is cut short: its directory should be at byte {directory}, and the file has {size}.",
+            hint="Its copy or upload was probably interrupted.",
+        )
+
+
+def _load_tiff(path: Path, limit: int) -> DecodedImage:
+    """What Pillow does not read: BigTIFF, planar or deep colour, unusual compressions."""
+    try:
+        with tifffile.TiffFile(path) as file:
+            page = file.pages[0]
+            if not isinstance(page, tifffile.TiffPage):
+                raise ValueError("its first page is incomplete")
+            _check_pixels(path, (page.imagewidth, page.imagelength), limit)
+            array, photometric, extra = page.asarray(), page.photometric.name, page.extrasamples
+            if page.planarconfig == 2 and array.ndim == 3:
+                array = np.moveaxis(array, 0, -1)
+            orientation = page.tags.get(_ORIENTATION_TAG)
+            image = _tiff_to_rgb(array, photometric, bool(extra))
+            move = _TRANSPOSE.get(int(orientation.value)) if orientation is not None else None
+            stated = _tiff_mpp(page)
+    except _DECODING_ERRORS as error:
+        raise SlideUnreadable(
+            f"{path.name} cannot be decoded: {error}.", hint="Export it as an 8-bit RGB TIFF or as a pyramid."
+        ) from error
+    return DecodedImage(image.transpose(move) if move is not None else image, "tiff (tifffile)", stated)
+
+
+def _tiff_to_rgb(array: npt.NDArray[np.generic], photometric: str, has_alpha: bool) -> Image.Image:
+    if photometric not in ("RGB", "MINISBLACK", "MINISWHITE", "YCBCR"):
+        raise ValueError(f"its colours are stored as {photometric}")
+    values = _to_uint8(array)
+    if photometric == "MINISWHITE":
+        values = np.bitwise_not(values)
+    if values.ndim == 2:
+        return Image.fromarray(values).convert("RGB")
+    if values.ndim != 3 or values.shape[2] not in (3, 4):
+        raise ValueError(f"its pixels have the shape {array.shape}")
+    if values.shape[2] == 4 and has_alpha:
+        return to_rgb(Image.fromarray(np.ascontiguousarray(values)))
+    return Image.fromarray(np.ascontiguousarray(values[..., :3]))
+
+
+def _to_uint8(array: npt.NDArray[np.generic]) -> UInt8Array:
+    """Whole-range scaling to 8 bits: 65535 becomes 255, rounded."""
+    if array.dtype == np.uint8:
+        return np.asarray(array, dtype=np.uint8)
+    if array.dtype == np.bool_:
+        return np.asarray(array, dtype=np.uint8) * np.uint8(255)
+    wide = array.astype(np.int64)
+    if (
+        array.dtype.kind not in "ui"
+        or array.dtype.itemsize > 4
+        or wide.min(initial=0) < 0
+        or wide.max(initial=0) > 65535
+    ):
+        raise ValueError(f"pixels of type {array.dtype} have no plain meaning as a picture")
+    return ((wide + 128) // 257).astype(np.uint8)
+
+
+def _tiff_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
+    try:
+        x, y = page.get_resolution(unit="MICROMETER")
+    except (ValueError, ZeroDivisionError, TypeError):
+        return None
+    unit = page.tags.get("ResolutionUnit")
+    if unit is None or int(unit.value) not in (2, 3) or x <= 0 or y <= 0:
+        return None
+    return 1 / x, 1 / y

@@ -1,0 +1,179 @@
+"""A slide as levels: from a request in level-0 pixels to one read of one level and one reduction.
+
+Both kinds of slide share this; what differs is only how a piece of a level is read.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import numpy as np
+from PIL import Image
+from typing_extensions import Self
+
+from backend.errors import SlideUnreadable
+from backend.results.bag import UInt8Array
+from backend.slides.images import DecodedImage
+from backend.slides.mpp import MPP_MAX, MPP_MIN, plausible_mpp
+from backend.slides.resample import WHITE, best_level, is_aligned, padding, resample
+
+log = logging.getLogger(__name__)
+
+BLOCK_PX = 4096  # largest edge that is read from a level at once
+
+_LATER_LEVELS_FROM_PX = 2048  # plain images with a shorter side get no reduced copies
+_MAX_ANISOTROPY = 0.05
+
+
+class LevelSlide(ABC):
+    """What both kinds share: from a request in level-0 pixels to one read of one level and one reduction."""
+
+    def __init__(
+        self,
+        *,
+        size: tuple[int, int],
+        downsamples: Sequence[float],
+        level_sizes: Sequence[tuple[int, int]],
+        stated: tuple[float, float] | None,
+        reader: str,
+        properties: Mapping[str, str],
+        name: str,
+    ) -> None:
+        self.size = size
+        self.level_downsamples = tuple(downsamples)
+        self.reader = reader
+        self.properties = properties
+        self.mpp = _believed(stated, name)
+        self.mpp_stated = f"{stated[0]:.4g} x {stated[1]:.4g} µm per pixel" if stated else "no scale"
+        self._level_sizes = tuple(level_sizes)
+        self._broken_levels: frozenset[int] = frozenset()
+
+    @abstractmethod
+    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> tuple[Image.Image | UInt8Array, float, float]:
+        """At least w x h level pixels, RGB, as an image or as uint8 (h, w, 3), and the level coordinates that their corner really has."""
+
+    def read_region(self, x: float, y: float, size_level0: float, out_px: int) -> UInt8Array:
+        if not (
+            size_level0 > 0 and out_px > 0 and math.isfinite(x) and math.isfinite(y) and math.isfinite(size_level0)
+        ):
+            raise ValueError(f"no region: x {x}, y {y}, size {size_level0}, out {out_px}")
+        return self._read(x, y, size_level0, size_level0, out_px, out_px)
+
+    def overview(self, max_px: int) -> UInt8Array:
+        width, height = self.size
+        scale = max(1.0, max(width, height) / max_px)
+        return self._read(0.0, 0.0, width, height, max(1, round(width / scale)), max(1, round(height / scale)))
+
+    def _read(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> UInt8Array:
+        while True:
+            level = best_level(self.level_downsamples, min(w / out_w, h / out_h), self._broken_levels)
+            try:
+                return self._read_from(level, x, y, w, h, out_w, out_h)
+            except SlideUnreadable as error:
+                if level == 0:
+                    raise
+                # A finer level holds the same picture: slower, and right.
+                log.warning("level %d is not used any more: %s", level, error.message)
+                self._broken_levels = self._broken_levels | {level}
+
+    def _read_from(self, level: int, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> UInt8Array:
+        """The request from one level, in blocks where it is large: memory stays bounded even for a slide without coarse levels."""
+        ds = self.level_downsamples[level]
+        step_x, step_y = w / out_w, h / out_h
+        block = max(1, int(BLOCK_PX * ds / max(step_x, step_y)))
+        if out_w <= block and out_h <= block:
+            return self._read_block(level, x, y, w, h, out_w, out_h)
+        result = np.empty((out_h, out_w, 3), np.uint8)
+        for top in range(0, out_h, block):
+            for left in range(0, out_w, block):
+                bw, bh = min(block, out_w - left), min(block, out_h - top)
+                part = self._read_block(level, x + left * step_x, y + top * step_y, bw * step_x, bh * step_y, bw, bh)
+                result[top : top + bh, left : left + bw] = part
+        return result
+
+    def _read_block(self, level: int, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> UInt8Array:
+        ds = self.level_downsamples[level]
+        left, top, right, bottom = x / ds, y / ds, (x + w) / ds, (y + h) / ds
+        scale_x, scale_y = (right - left) / out_w, (bottom - top) / out_h
+        pad = 0 if is_aligned(left, top, scale_x, scale_y) else padding(max(scale_x, scale_y))
+        level_w, level_h = self._level_sizes[level]
+        x0, x1 = _span(left, right, pad, level_w)
+        y0, y1 = _span(top, bottom, pad, level_h)
+        image, at_x, at_y = self._read_level(level, x0, y0, x1 - x0, y1 - y0)
+        return resample(image, (left - at_x, top - at_y, right - at_x, bottom - at_y), (out_w, out_h))
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give the file back. Reading from a closed slide is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _span(start: float, end: float, pad: int, limit: int) -> tuple[int, int]:
+    """Whole level pixels to read for [start, end): padded, but not over the slide's border unless the request itself goes there.
+
+    White beyond the border must not bleed into a tile that ends at it.
+    """
+    # A start of 99.9999999 is 100 with a rounding error.
+    first, last = math.floor(start + 1e-6), math.ceil(end - 1e-6)
+    low = max(first - pad, 0) if first >= 0 else first - pad
+    high = min(last + pad, limit) if last <= limit else last + pad
+    return low, max(high, low + 1)
+
+
+def _believed(stated: tuple[float, float] | None, name: str) -> float | None:
+    if stated is None or not all(plausible_mpp(v) for v in stated):
+        return None
+    if abs(stated[0] - stated[1]) > _MAX_ANISOTROPY * min(stated):
+        raise SlideUnreadable(
+            f"The pixels of {name} are not square: {stated[0]:.4g} x {stated[1]:.4g} µm.",
+            hint=f"Tiles would be distorted. Resample it, or correct its scale ({MPP_MIN:g} to {MPP_MAX:g} µm per pixel).",
+        )
+    return (stated[0] + stated[1]) / 2
+
+
+class ImageSlide(LevelSlide):
+    """A plain image as a slide of which everything is in memory. Levels 4 and 16 are made by exact averaging if it is large."""
+
+    def __init__(self, image: DecodedImage) -> None:
+        levels, downsamples = [image.rgb], [1.0]
+        while min(levels[-1].size) >= _LATER_LEVELS_FROM_PX and len(levels) < 3:
+            levels.append(levels[-1].reduce(4))
+            downsamples.append(downsamples[-1] * 4)
+        stated = image.stated_mpp
+        super().__init__(
+            size=image.rgb.size,
+            downsamples=downsamples,
+            level_sizes=[level.size for level in levels],
+            stated=stated,
+            reader=f"image {image.format}",
+            properties={
+                "format": image.format,
+                **({"mpp-x": str(stated[0]), "mpp-y": str(stated[1])} if stated else {}),
+            },
+            name="the image",
+        )
+        self._levels = levels
+
+    def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> tuple[Image.Image, float, float]:
+        source = self._levels[level]
+        if x >= 0 and y >= 0 and x + w <= source.width and y + h <= source.height:
+            return source.crop((x, y, x + w, y + h)), x, y
+        canvas = Image.new("RGB", (w, h), WHITE)
+        inside = (max(x, 0), max(y, 0), min(x + w, source.width), min(y + h, source.height))
+        if inside[0] < inside[2] and inside[1] < inside[3]:
+            canvas.paste(source.crop(inside), (inside[0] - x, inside[1] - y))
+        return canvas, x, y
+
+    def close(self) -> None:
+        self._levels = []

@@ -1,0 +1,261 @@
+"""The rules of where a slide may come from. Text and stat only: nothing is opened, nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
+
+import httpx
+
+from backend.errors import SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
+from backend.settings import Settings
+
+PlaceKind = Literal["file", "label_studio", "fsspec", "http"]
+
+_MAX_LENGTH = 8192
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_UPLOAD = re.compile(r"/data/upload/[^/]+/[^/]+$")
+_RESOLVE = re.compile(r"/(?:api/)?(?:tasks|projects)/\d+/(?:presign|resolve)/?")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+@dataclass(frozen=True)
+class Place:
+    """One location that has passed the rules: a real path, or a URL in full."""
+
+    kind: PlaceKind
+    location: str
+
+    @property
+    def is_upload(self) -> bool:
+        """Whether it is a file uploaded into Label Studio, whose name is never used twice."""
+        return self.kind == "label_studio" and _UPLOAD.search(urlsplit(self.location).path) is not None
+
+
+def classify(value: object, settings: Settings) -> Place:
+    """Say where ``value`` (one entry of a task's field) lies, if it may be read from there.
+
+    Raises
+    ------
+    TaskFieldMissing
+        It is empty.
+    SourceRefused
+        It lies outside what the settings allow; the message says which setting would allow it.
+    SlideNotFound
+        A file inside ``SLIDE_ROOTS`` that is not there.
+    """
+    if not isinstance(value, str):
+        raise SourceError(f"The slide's location must be text, not {type(value).__name__}.")
+    value = value.strip()
+    if not value:
+        raise TaskFieldMissing("The task's slide field is empty.")
+    if len(value) > _MAX_LENGTH or any(ord(c) < 32 or ord(c) == 127 for c in value):
+        raise SourceRefused(f"{shown(value)} holds control characters or is longer than {_MAX_LENGTH}.")
+    match = _SCHEME.match(value)
+    scheme = match.group(1).lower() if match else ""
+    if scheme in ("http", "https"):
+        return _classify_http(value, settings)
+    if scheme == "file":
+        parts = urlsplit(value)
+        if parts.netloc not in ("", "localhost"):
+            raise SourceRefused(f"{shown(value)} names another machine.", hint="Write file:///path.")
+        return Place("file", str(allowed_file(_decoded(parts.path, value), settings)))
+    if scheme:
+        return _classify_fsspec(value, scheme, settings)
+    if value.startswith("/data/") and not _is_ours(value, settings):
+        return _classify_label_studio(value, settings)
+    if _RESOLVE.fullmatch(urlsplit(value).path):
+        return _classify_label_studio(value, settings)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", value) and not value.startswith("/"):
+        raise SourceRefused(f"{shown(value)} is neither a path nor a URL that is known here.")
+    return Place("file", str(allowed_file(value, settings)))
+
+
+def check_redirect(url: str, settings: Settings) -> Place:
+    """Whether a download may go on to ``url``, an absolute address: as :func:`classify`, and only http(s)."""
+    if not url.lower().startswith(("http://", "https://")):
+        raise SourceRefused(f"A redirect leads to {shown(url)}, which is not http(s).")
+    return _classify_http(url, settings, from_redirect=True)
+
+
+def allowed_file(path: str, settings: Settings) -> Path:
+    """The real path of an existing regular file inside ``SLIDE_ROOTS``. A relative ``path`` is looked for in each root in turn."""
+    if "\0" in path:
+        raise SourceRefused(f"{shown(path)} holds a NUL character.")
+    if not settings.slide_roots:
+        raise SourceRefused(
+            f"{shown(path)} is a file, and no folder is allowed.", hint="Set SLIDE_ROOTS to the folders of your slides."
+        )
+    candidates = [Path(path)] if path.startswith("/") else [root / path for root in settings.slide_roots]
+    inside = [real for real in (Path(os.path.realpath(c)) for c in candidates) if _is_inside(real, settings)]
+    if not inside:
+        raise SourceRefused(
+            f"{shown(path)} lies outside the allowed folders.",
+            hint="Add its folder to SLIDE_ROOTS, or move the slide into one of them. Symbolic links count by where they lead.",
+        )
+    for real in inside:
+        try:
+            status = real.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise SourceRefused(f"{shown(path)} cannot be looked at: {error.strerror}.") from error
+        if stat.S_ISDIR(status.st_mode):
+            raise SourceRefused(
+                f"{shown(path)} is a folder.", hint="Name a file; of a DICOM slide, any one of its files."
+            )
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceRefused(f"{shown(path)} is not a regular file.", hint="Pipes and devices are not read.")
+        if not os.access(real, os.R_OK):
+            raise SourceRefused(f"{shown(path)} may not be read by this user.", hint="Change its permissions.")
+        return real
+    raise SlideNotFound(
+        f"There is no file {shown(path)}.",
+        hint="Check the location in the task's data, and that this machine sees the folder.",
+    )
+
+
+def shown(value: str) -> str:
+    """``value`` for a message: without its query (which may hold a signature) or a password, and not endless."""
+    if _SCHEME.match(value):
+        value = re.sub(r"(?<=://)[^/@]*@", "…@", value.split("?", 1)[0])
+    return repr(value if len(value) <= 200 else value[:199] + "…")
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """(scheme, host, port) of an http(s) URL, lower case, the port filled in."""
+    parts = urlsplit(url)
+    scheme = parts.scheme.lower()
+    return scheme, (parts.hostname or "").lower().rstrip("."), parts.port or _DEFAULT_PORTS.get(scheme, 0)
+
+
+def _is_ours(path: str, settings: Settings) -> bool:
+    """Whether a path under /data, where Label Studio has its files, is a file of ours instead."""
+    real = Path(os.path.realpath(path))
+    return _is_inside(real, settings) and (real.exists() or not settings.label_studio_url)
+
+
+def _is_inside(real: Path, settings: Settings) -> bool:
+    return any(real.is_relative_to(root) for root in settings.slide_roots)
+
+
+def _decoded(path: str, value: str) -> str:
+    try:
+        return unquote(path, errors="strict")
+    except UnicodeDecodeError as error:
+        raise SourceRefused(f"{shown(value)} is not UTF-8 when its percent signs are decoded.") from error
+
+
+def _parse(value: str) -> SplitResult:
+    """An http(s) URL on whose host two parsers agree; everything on which they might not is refused."""
+    try:
+        parts = urlsplit(value)
+        port, other = parts.port, httpx.URL(value)
+    except (ValueError, httpx.InvalidURL) as error:
+        raise SourceRefused(f"{shown(value)} is not a valid URL: {error}.") from error
+    if "@" in parts.netloc:
+        raise SourceRefused(f"{shown(value)} carries a user name.", hint="Leave user names and passwords out of URLs.")
+    if "\\" in value or any(c.isspace() for c in value) or not parts.hostname:
+        raise SourceRefused(f"{shown(value)} is not a valid URL.")
+    default = _DEFAULT_PORTS[parts.scheme.lower()]
+    # httpx shows an international host decoded in `host`, and as it is sent in `raw_host`.
+    same_host = other.raw_host.decode("ascii", "replace").strip("[]") == parts.hostname.lower()
+    if not same_host or (other.port or default) != (port or default):
+        raise SourceRefused(f"The host of {shown(value)} is ambiguous.", hint="Write international names as xn--….")
+    return parts
+
+
+def _classify_http(value: str, settings: Settings, *, from_redirect: bool = False) -> Place:
+    parts = _parse(value)
+    if _is_own(value, parts, settings):
+        raise SourceRefused(
+            f"{shown(value)} is a picture made by this backend, not the slide.",
+            hint="Keep the slide's own location in the task's field `slide`.",
+        )
+    local = None if from_redirect else _local_file(parts, settings)
+    if local is not None:
+        return local
+    if settings.label_studio_url and origin(value) == origin(settings.label_studio_url):
+        prefix = urlsplit(settings.label_studio_url).path
+        path = parts.path[len(prefix) :] if parts.path.startswith(prefix + "/") else ""
+        if _is_label_studio_file(_decoded(path, value)):
+            return _label_studio_place(path, parts.query, value, settings)
+    _, host, port = origin(value)
+    names = {host, f"{host}:{port}", f"[{host}]", f"[{host}]:{port}"}
+    if names.isdisjoint(name.lower() for name in settings.allowed_hosts):
+        what = "A redirect leads to" if from_redirect else "The slide is at"
+        hint = f"Add {host}:{port} to ALLOWED_HOSTS to allow it."
+        if "/data/" in parts.path and not from_redirect:
+            hint += " If that is Label Studio, set LABEL_STUDIO_URL to exactly this scheme, host and port."
+        raise SourceRefused(f"{what} {shown(value)}, and {host}:{port} is not an allowed host.", hint=hint)
+    return Place("http", urlunsplit(parts._replace(fragment="")))
+
+
+def _is_own(value: str, parts: SplitResult, settings: Settings) -> bool:
+    own = urlsplit(settings.browser_url)
+    return origin(value) == origin(settings.browser_url) and (parts.path + "/").startswith(own.path + "/")
+
+
+def _classify_label_studio(value: str, settings: Settings) -> Place:
+    parts = urlsplit(value)
+    local = _local_file(parts, settings)
+    return local if local is not None else _label_studio_place(parts.path, parts.query, value, settings)
+
+
+def _label_studio_place(path: str, query: str, value: str, settings: Settings) -> Place:
+    if not settings.label_studio_url:
+        raise SourceRefused(
+            f"{shown(value)} is on Label Studio, whose address is not known.",
+            hint="Set LABEL_STUDIO_URL (and LABEL_STUDIO_API_KEY).",
+        )
+    plain = _decoded(path, value)
+    # Decoded twice, in case a proxy on the way does so: the token must reach files only, never the API.
+    segments = unquote(plain).split("/")
+    if ".." in segments or "." in segments or "\\" in unquote(plain) or "//" in plain:
+        raise SourceRefused(f"{shown(value)} has a path that climbs.")
+    if not _is_label_studio_file(plain):
+        raise SourceRefused(
+            f"{shown(value)} is not one of Label Studio's files.", hint="Files of Label Studio lie under /data/."
+        )
+    return Place("label_studio", settings.label_studio_url + path + (f"?{query}" if query else ""))
+
+
+def _is_label_studio_file(path: str) -> bool:
+    return path.startswith(("/data/", "/storage-data/uploaded/")) or _RESOLVE.fullmatch(path) is not None
+
+
+def _local_file(parts: SplitResult, settings: Settings) -> Place | None:
+    """The file of a Label Studio local-files URL, if it lies in a root of ours too; ``None``: it must be asked for."""
+    if not parts.path.rstrip("/").endswith("/data/local-files"):
+        return None
+    # As Label Studio reads it: decoded once, the last value counts, always relative to its document root.
+    relative = parse_qs(parts.query, keep_blank_values=True).get("d", [""])[-1]
+    normal = os.path.normpath(relative).lstrip("/")
+    if not relative or "\0" in relative or normal in ("", ".") or normal.split("/")[0] == "..":
+        raise SourceRefused(
+            f"The local file {shown(relative)} lies outside the document root.", hint="Its path is the `d` of the URL."
+        )
+    for root in settings.slide_roots:
+        if os.path.lexists(root / normal):
+            return Place("file", str(allowed_file(str(root / normal), settings)))
+    return None
+
+
+def _classify_fsspec(value: str, scheme: str, settings: Settings) -> Place:
+    if "::" in value:
+        raise SourceRefused(f"{shown(value)} chains several stores.", hint="Give the plain URL of the slide.")
+    if scheme not in {name.lower() for name in settings.fsspec_protocols}:
+        raise SourceRefused(
+            f"{shown(value)} is in a store of kind {scheme}, which is not allowed.",
+            hint=f"Add {scheme} to FSSPEC_PROTOCOLS to allow it.",
+        )
+    if ":" in urlsplit(value).netloc.rpartition("@")[0]:
+        raise SourceRefused(
+            f"{shown(value)} carries a password.", hint="Put credentials where fsspec finds them, not into the task."
+        )
+    return Place("fsspec", value)

@@ -1,0 +1,109 @@
+"""One protocol for every slide: what OpenSlide 4 reads (tiled JPEG without its help, once proven equal), and plain images treated as slides.
+
+Coordinates are level-0 pixels, x before y, from the top-left corner. Outside the slide, and where a scanner left holes, pixels are white.
+No ICC profile is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import openslide
+from typing_extensions import Self
+
+from backend.errors import SlideNotFound, SlideUnreadable
+from backend.results.bag import UInt8Array
+from backend.settings import Settings
+from backend.slides.direct_reader import DirectSlide
+from backend.slides.images import load_image, read_patch
+from backend.slides.levels import ImageSlide
+from backend.slides.openslide_reader import OpenSlideSlide
+
+__all__ = ["DirectSlide", "ImageSlide", "OpenSlideSlide", "Slide", "open_slide", "read_patch"]
+
+
+class Slide(Protocol):
+    """A slide that is open. ``read_region`` and ``overview`` may be called from several threads at once.
+
+    Attributes
+    ----------
+    size
+        (width, height) of level 0 in pixels.
+    mpp
+        µm per level-0 pixel, mean of x and y; ``None`` if the file states none or one outside 0.05–5.
+    mpp_stated
+        What the file states, in words, for messages: ``"no scale"``, ``"28.97 x 28.97 µm per pixel"``.
+    reader
+        Who reads its pixels: ``"imagecodecs aperio"``, ``"openslide dicom"``, ``"image jpeg"``.
+    properties
+        What the file says of itself.
+    level_downsamples
+        One number a level, the first is 1.0.
+    """
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def mpp(self) -> float | None: ...
+    @property
+    def mpp_stated(self) -> str: ...
+    @property
+    def reader(self) -> str: ...
+    @property
+    def properties(self) -> Mapping[str, str]: ...
+    @property
+    def level_downsamples(self) -> tuple[float, ...]: ...
+
+    def read_region(self, x: float, y: float, size_level0: float, out_px: int) -> UInt8Array:
+        """The square with top-left corner (x, y) and edge ``size_level0`` (level-0 pixels) as uint8 (out_px, out_px, 3) RGB."""
+        ...
+
+    def overview(self, max_px: int) -> UInt8Array:
+        """The whole slide as uint8 (h, w, 3) RGB, its long side at most ``max_px`` and never enlarged.
+
+        The array covers the slide's rectangle exactly: column j spans level-0 x from ``j * size[0] / w`` to ``(j + 1) * size[0] / w``.
+        """
+        ...
+
+    def close(self) -> None: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def open_slide(path: Path, settings: Settings, *, cache: openslide.OpenSlideCache | None = None) -> Slide:
+    """Open a slide: by OpenSlide if it knows the format, else as a plain image.
+
+    ``cache`` is for whoever keeps many slides open: OpenSlide then reads with it and nothing else is kept. Without it a slide has caches of
+    its own, and tiled JPEG is read directly (:mod:`backend.slides.direct_reader`).
+
+    Raises
+    ------
+    SlideNotFound
+        There is no such file.
+    SlideUnreadable
+        It is empty, damaged, of no known format, or its pixels are not square (x and y differ by more than 5 %).
+    SlideTooLarge
+        A plain image over ``IMAGE_MAX_PIXELS``.
+    """
+    if not path.is_file():
+        raise SlideNotFound(f"There is no file {path}.")
+    if path.stat().st_size == 0:
+        raise SlideUnreadable(f"{path.name} is empty (0 bytes).", hint="Its copy or upload was probably interrupted.")
+    reason = ""
+    vendor = openslide.OpenSlide.detect_format(str(path))
+    if vendor is not None:
+        try:
+            return DirectSlide(path) if cache is None else OpenSlideSlide(path, cache)
+        except openslide.OpenSlideError as error:
+            reason = f"{path.name} was recognised as {vendor}, and OpenSlide refuses it: {error}."
+            if vendor != "generic-tiff":
+                raise SlideUnreadable(reason, hint="The file is probably damaged: copy it again.") from error
+    try:
+        return ImageSlide(load_image(path, settings))
+    except SlideUnreadable as error:
+        raise SlideUnreadable(f"{reason} {error.message}".strip(), hint=error.hint) from error

@@ -1,0 +1,251 @@
+"""From the value in a task's field to a file on this machine, by the rules of :mod:`backend.slides.places` and no others.
+
+``resolve`` says what the slide is (that goes into the bag key) without downloading it; ``fetch`` gives the file, and applies every rule again, because
+a reference may come out of a queue that others can write to.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+from backend.errors import MppUnknown, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
+from backend.results.bag import digest
+from backend.settings import Settings
+from backend.slides.download import DownloadCache, fsspec_identity, http_identity
+from backend.slides.places import Place, allowed_file, classify, shown
+
+SlideKind = Literal["file", "label_studio", "fsspec", "http", "patches"]
+
+MAX_PATCHES = 20_000
+_REMEMBER_S = 60.0
+_REMEMBERED = 20_000
+_PARALLEL = 8
+# Slides that are a folder beside a small file: there is nothing to open once they are copied alone.
+_MANY_FILES = (".mrxs", ".vms", ".vmu")
+
+
+@dataclass(frozen=True)
+class SlideRef:
+    """What a task's slide is and where it lies.
+
+    Attributes
+    ----------
+    kind
+        Where it comes from; ``"patches"`` if the task gives a list of images.
+    locations
+        Real paths or full URLs, one unless there are patches.
+    identity
+        Text that changes when the content does: part of the bag key.
+    mpp
+        µm per pixel as the task states it, if it does.
+    """
+
+    kind: SlideKind
+    locations: tuple[str, ...]
+    identity: str
+    mpp: float | None = None
+
+    def to_json(self) -> dict[str, object]:
+        """JSON values only, for :meth:`from_json`."""
+        return {"kind": self.kind, "locations": list(self.locations), "identity": self.identity, "mpp": self.mpp}
+
+    @classmethod
+    def from_json(cls, value: object) -> SlideRef:
+        """The reference that :meth:`to_json` wrote; anything else is a :class:`~backend.errors.SourceError`."""
+        if not isinstance(value, Mapping):
+            raise SourceError(f"A slide reference must be an object, not {type(value).__name__}.")
+        kind, locations, identity, mpp = (value.get(name) for name in ("kind", "locations", "identity", "mpp"))
+        if kind not in get_args(SlideKind):
+            raise SourceError(f"A slide reference has the unknown kind {kind!r}.")
+        if (
+            not isinstance(locations, list | tuple)
+            or not locations
+            or not all(isinstance(location, str) for location in locations)
+            or (kind != "patches" and len(locations) != 1)
+            or len(locations) > MAX_PATCHES
+        ):
+            raise SourceError("A slide reference's locations must be a list of text, one unless it is of patches.")
+        if not isinstance(identity, str) or not identity:
+            raise SourceError("A slide reference has no identity.")
+        if mpp is not None and (isinstance(mpp, bool) or not isinstance(mpp, int | float) or not math.isfinite(mpp)):
+            raise SourceError(f"A slide reference's mpp must be a number, not {mpp!r}.")
+        return cls(cast(SlideKind, kind), tuple(locations), identity, None if mpp is None else float(mpp))
+
+
+class SourceResolver:
+    """Resolves and fetches slides by the settings' rules. May be shared by threads.
+
+    Parameters
+    ----------
+    settings
+        Roots, hosts, protocols, limits.
+    label_studio_headers
+        Gives the header that opens Label Studio's own files; it is sent to nothing else.
+    """
+
+    def __init__(
+        self, settings: Settings, *, label_studio_headers: Callable[[], Mapping[str, str]] | None = None
+    ) -> None:
+        self._settings = settings
+        self._headers = label_studio_headers or dict
+        self._cache = DownloadCache(settings, self._headers)
+        self._asked: dict[str, tuple[float, str]] = {}
+        self._lock = threading.Lock()
+
+    def resolve(self, value: str | Sequence[str], *, mpp: float | None = None) -> SlideRef:
+        """What the value of a task's field is. Downloads nothing; asks the server about http and Label Studio local files.
+
+        Parameters
+        ----------
+        value
+            A path, a URL, or a list of them (a bag of patches).
+        mpp
+            The task's µm per pixel.
+
+        Raises
+        ------
+        TaskFieldMissing, SourceRefused, SlideNotFound, SourceError
+            As :func:`backend.slides.places.classify`.
+        DownloadFailed
+            The server that has the slide does not answer.
+        MppUnknown
+            ``mpp`` is not a finite number.
+        """
+        if mpp is not None and not math.isfinite(mpp):
+            raise MppUnknown(f"The task says mpp = {mpp}, which is no number.", hint="Correct the task's `mpp`.")
+        if isinstance(value, list | tuple):
+            return self._resolve_patches(value, mpp)
+        place = classify(value, self._settings)
+        return SlideRef(place.kind, (place.location,), self._identity(place), mpp)
+
+    def fetch(self, ref: SlideRef) -> tuple[Path, ...]:
+        """The slide as local files, downloaded if need be: one, or one for each patch.
+
+        They stay until this thread fetches another slide, and longer unless the cache is full.
+
+        Raises
+        ------
+        SourceRefused, SlideNotFound, DownloadFailed
+            As :meth:`resolve`; all rules are applied again.
+        SourceError
+            A file has changed since it was resolved, so that its result would be kept under the wrong key.
+        """
+        places = [self._classify_again(location) for location in ref.locations]
+        kinds = {place.kind for place in places}
+        if ref.kind != "patches" and kinds != {ref.kind}:
+            raise SourceRefused(f"The slide reference says {ref.kind}, and {shown(ref.locations[0])} is not.")
+        if kinds == {"file"}:
+            identity = self._patches_identity(places) if ref.kind == "patches" else self._identity(places[0])
+            if identity != ref.identity:
+                raise SourceError(
+                    f"{shown(ref.locations[0])} has changed since it was asked for.",
+                    hint="Ask again; if it is still being copied, when that is done.",
+                )
+        paths = []
+        for place in places:
+            # A patch is kept under its own identity, so that a list with one more does not download all again.
+            if place.kind != "file":
+                identity = self._identity(place) if ref.kind == "patches" else ref.identity
+                paths.append(self._cache.get(place, identity))
+            else:
+                paths.append(Path(place.location))
+        self._cache.hold(tuple(paths))
+        return tuple(paths)
+
+    def _resolve_patches(self, values: Sequence[object], mpp: float | None) -> SlideRef:
+        if not values:
+            raise TaskFieldMissing("The task's list of patches is empty.", hint="Give at least one image.")
+        if len(values) > MAX_PATCHES:
+            raise SourceRefused(f"The task lists {len(values)} patches; {MAX_PATCHES} are the most.")
+        places = [classify(value, self._settings) for value in values]
+        return SlideRef("patches", tuple(place.location for place in places), self._patches_identity(places), mpp)
+
+    def _patches_identity(self, places: Sequence[Place]) -> str:
+        remote = [place for place in places if place.kind != "file" and not place.is_upload]
+        if len(remote) > 1:
+            with ThreadPoolExecutor(min(_PARALLEL, len(remote))) as pool:
+                list(pool.map(self._identity, remote))  # remembered for the next line
+        return digest({"patches": [self._identity(place) for place in places]})
+
+    def _classify_again(self, location: str) -> Place:
+        if location.startswith("/"):
+            # A path that was resolved is real and absolute; a link that now stands in its place leads elsewhere.
+            real = allowed_file(location, self._settings)
+            if str(real) != location:
+                raise SourceRefused(f"{shown(location)} is not the file that it was.")
+            return Place("file", location)
+        return classify(location, self._settings)
+
+    def _identity(self, place: Place) -> str:
+        if place.kind == "file":
+            return file_identity(Path(place.location), self._settings)
+        if place.location.split("?", 1)[0].lower().endswith(_MANY_FILES):
+            raise SourceRefused(
+                f"{shown(place.location)} is a slide of many files, which cannot be downloaded as one.",
+                hint="Put it, with its folder, below SLIDE_ROOTS.",
+            )
+        if place.is_upload:
+            return place.location  # Label Studio gives each upload a name of its own
+        now = time.monotonic()
+        with self._lock:
+            asked = self._asked.get(place.location)
+        if asked is not None and now - asked[0] < _REMEMBER_S:
+            return asked[1]
+        ask = fsspec_identity if place.kind == "fsspec" else self._ask_http
+        identity = ask(place)
+        with self._lock:
+            self._asked[place.location] = (now, identity)
+            while len(self._asked) > _REMEMBERED:
+                del self._asked[next(iter(self._asked))]
+        return identity
+
+    def _ask_http(self, place: Place) -> str:
+        return http_identity(place, self._settings, self._headers)
+
+
+def file_identity(path: Path, settings: Settings) -> str:
+    """Path, size and modification time of a slide's file, and of the files that are read with it.
+
+    Those of a ``.mrxs`` lie in a folder of its name, those of ``.vms`` and ``.vmu`` beside it; a DICOM slide is a series of files, of which
+    OpenSlide finds the others in the same folder.
+    """
+    try:
+        parts = [str(path), *_stamps([path])]
+        ending = path.suffix.lower()
+        if ending == ".mrxs":
+            folder = path.with_suffix("")
+            if folder.is_dir():
+                if not any(Path(os.path.realpath(folder)).is_relative_to(root) for root in settings.slide_roots):
+                    raise SourceRefused(f"The folder of {shown(str(path))} leads outside the allowed folders.")
+                parts += _stamps(entry for entry in sorted(folder.iterdir()) if entry.is_file())
+        elif ending in (".vms", ".vmu"):
+            parts += _stamps(entry for entry in sorted(path.parent.iterdir()) if entry.is_file())
+        elif _is_dicom(path):
+            siblings = sorted(
+                entry for entry in path.parent.iterdir() if entry.suffix == path.suffix and entry.is_file()
+            )
+            parts += _stamps(siblings)
+        return parts[0] + "|" + parts[1] if len(parts) == 2 else digest({"files": parts})
+    except FileNotFoundError as error:
+        raise SlideNotFound(f"There is no file {shown(str(path))}.") from error
+
+
+def _stamps(paths: Iterable[Path]) -> list[str]:
+    stamps = []
+    for path in paths:
+        status = path.stat()
+        stamps.append(f"{path.name}|{status.st_size}|{status.st_mtime_ns}")
+    return stamps
+
+
+def _is_dicom(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"

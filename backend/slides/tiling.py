@@ -1,0 +1,134 @@
+"""From an open slide to its bag: scale, grid, tissue, and the choice of tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from backend.errors import MppUnknown, NoTissue, SettingsError, SlideTooCoarse, SlideTooSmall, TaskFieldMissing
+from backend.results.bag import Bag, MppSource
+from backend.settings import Settings
+from backend.slides.grid import Grid, tissue_fractions
+from backend.slides.mpp import check_task_mpp
+from backend.slides.reader import Slide
+from backend.slides.tissue import tissue_mask
+
+__all__ = ["Grid", "make_bag", "patches_bag", "slide_mpp", "tissue_fractions"]
+
+# Level 0 may be so much coarser than a tile. Beyond it tiles would be made of enlarged pixels.
+MAX_ENLARGEMENT = 1.5
+_OVERVIEW_MAX_PX = 20_000
+
+
+def slide_mpp(slide: Slide, settings: Settings, *, task_mpp: float | None) -> tuple[float, MppSource]:
+    """µm per level-0 pixel, and who said so: the slide, else the task, else ``DEFAULT_MPP``.
+
+    Raises
+    ------
+    MppUnknown
+        None of them says it, or the task says something impossible (even if the slide knows better: the task is wrong then).
+    """
+    if task_mpp is not None:
+        check_task_mpp(task_mpp)
+    if slide.mpp is not None:
+        return slide.mpp, "slide"
+    if task_mpp is not None:
+        return task_mpp, "task"
+    if settings.default_mpp is not None:
+        return settings.default_mpp, "default"
+    raise MppUnknown(
+        f"How large a pixel is, is not known: the slide states {slide.mpp_stated} (0.05 to 5 are believed).",
+        hint="Put `mpp` (µm per pixel, such as 0.5) into the task's data, or set DEFAULT_MPP if all your slides share one scale.",
+    )
+
+
+def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None) -> Bag:
+    """Choose the tiles of a slide, row by row.
+
+    A tile belongs to the bag if at least ``TISSUE_MIN_FRACTION`` of its full area is tissue; what sticks out of the slide is not tissue.
+
+    Raises
+    ------
+    SlideTooSmall
+        A side is shorter than one tile.
+    MppUnknown
+        As :func:`slide_mpp`.
+    SlideTooCoarse
+        Level 0 is more than 1.5 times coarser than ``TILE_MPP``.
+    NoTissue
+        No tile has enough tissue; the message says how much there is.
+    """
+    width, height = slide.size
+    if min(slide.size) < 0.99 * settings.tile_px / MAX_ENLARGEMENT:
+        # Too small at any scale that would be accepted, so this is said first, even where the scale is unknown.
+        raise _too_small(slide, settings.tile_px / MAX_ENLARGEMENT, settings)
+    mpp, source = slide_mpp(slide, settings, task_mpp=task_mpp)
+    if mpp > MAX_ENLARGEMENT * settings.tile_mpp:
+        raise SlideTooCoarse(
+            f"The slide has {mpp:g} µm per pixel (by the {source}), and tiles need {settings.tile_mpp:g}.",
+            hint="Scan it at a higher magnification, or set TILE_MPP to the slide's scale if the model was trained at it.",
+        )
+    edge = settings.tile_px * settings.tile_mpp / mpp
+    # 1 % of grace: a 224-pixel image at 0.499 µm per pixel is one tile.
+    if min(slide.size) < 0.99 * edge:
+        raise _too_small(slide, edge, settings)
+    grid = Grid.covering((width, height), edge)
+    long_side = math.ceil(max(slide.size) * mpp / settings.tissue_mpp)
+    if min(long_side, max(slide.size)) > _OVERVIEW_MAX_PX:
+        raise SettingsError(
+            f"TISSUE_MPP = {settings.tissue_mpp:g} would need an overview of {long_side} pixels for this slide.",
+            hint="Use about 8 µm per pixel.",
+        )
+    overview = slide.overview(long_side)
+    mask = tissue_mask(overview, max(slide.size) * mpp / max(overview.shape[:2]), pen_rules=settings.tissue_pen_rules)
+    fractions = tissue_fractions(mask, grid)
+    rows, columns = np.nonzero(fractions >= settings.tissue_min_fraction - 1e-9)
+    if not len(rows):
+        raise NoTissue(
+            f"No tissue: it covers {100 * mask.mean():.1f} % of the slide, and no tile has "
+            f"{100 * settings.tissue_min_fraction:g} % (the fullest has {100 * fractions.max():.1f} %).",
+            hint="Look at the slide. Pale or bluish tissue may be found with TISSUE_PEN_RULES=false or a lower TISSUE_MIN_FRACTION.",
+        )
+    cells = np.stack([columns, rows], axis=1).astype(np.int64)
+    return Bag(
+        kind="slide",
+        coords=grid.coords_of(cells),
+        grid=cells,
+        grid_size=(grid.columns, grid.rows),
+        tile_size_level0=edge,
+        slide_size=(width, height),
+        tile_px=settings.tile_px,
+        tile_mpp=settings.tile_mpp,
+        mpp=mpp,
+        mpp_source=source,
+    )
+
+
+def patches_bag(sizes: Sequence[tuple[int, int]], settings: Settings) -> Bag:
+    """A bag that is given as images of ``sizes`` (width, height): patch i is tile i. No images: :class:`~backend.errors.TaskFieldMissing`."""
+    count = len(sizes)
+    if not count:
+        raise TaskFieldMissing("The task's list of patches is empty.", hint="Give at least one image.")
+    return Bag(
+        kind="patches",
+        coords=np.zeros((count, 2), np.int64),
+        grid=np.stack([np.arange(count), np.zeros(count, np.int64)], axis=1).astype(np.int64),
+        grid_size=(count, 1),
+        tile_size_level0=float(settings.tile_px),
+        slide_size=(0, 0),
+        tile_px=settings.tile_px,
+        tile_mpp=0.0,
+        mpp=0.0,
+        mpp_source="none",
+        patch_sizes=np.asarray(sizes, np.int64).reshape(count, 2),
+    )
+
+
+def _too_small(slide: Slide, edge: float, settings: Settings) -> SlideTooSmall:
+    return SlideTooSmall(
+        f"The image has {slide.size[0]} x {slide.size[1]} pixels; one tile needs {math.ceil(edge)} on each side "
+        f"({settings.tile_px} at {settings.tile_mpp:g} µm per pixel).",
+        hint="If the task holds a thumbnail, give the slide itself in a field `slide`; to analyse small images as they are, give a list.",
+    )
