@@ -1,0 +1,1 @@
+"""What an analysis leaves behind: the data classes that all rooms pass along, their files, the store."""

@@ -1,0 +1,140 @@
+"""The result store: what goes in comes out, a damaged file is set aside, no key becomes a path."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from backend.errors import ResultDamaged, ResultNotFound
+from backend.results.bag import Bag, BagResult, digest
+from backend.results.hdf5 import read_hdf5
+from backend.results.store import ResultStore
+
+
+def make_result(n: int = 50, seed: int = 0) -> BagResult:
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.unravel_index(np.arange(n), (10, -(-n // 10))), axis=1).astype(np.int64)
+    bag = Bag(
+        "slide",
+        np.rint(grid * 224.45).astype(np.int64),
+        grid,
+        (10, -(-n // 10)),
+        224.45,
+        (2244, 2245),
+        224,
+        0.5,
+        0.499,
+        "slide",
+    )
+    return BagResult(
+        bag,
+        rng.normal(size=(n, 768)).astype(np.float16),
+        rng.normal(size=(n, 8)).astype(np.float32),
+        rng.normal(size=768).astype(np.float32),
+        {"model_version": "wsc-abc123", "stand_in": False, "mpp": 0.499},
+    )
+
+
+KEY = digest({"slide": "a"})
+
+
+@pytest.fixture(params=["local", "memory"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> ResultStore:
+    return ResultStore(str(tmp_path / "results") if request.param == "local" else f"memory://{tmp_path.name}")
+
+
+def test_a_result_comes_back_exactly(store: ResultStore) -> None:
+    result = make_result()
+    assert not store.has(KEY)
+    assert store.get(KEY) is None
+    store.put(KEY, result)
+    again = store.get(KEY)
+    assert store.has(KEY)
+    assert again is not None
+    for name in ("latents", "attention_logits", "slide_embedding"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(result, name))
+        assert getattr(again, name).dtype == getattr(result, name).dtype
+    np.testing.assert_array_equal(again.bag.coords, result.bag.coords)
+    assert (again.bag.mpp, again.bag.mpp_source, again.bag.tile_size_level0) == (0.499, "slide", 224.45)
+    assert again.bag.slide_size == (2244, 2245)
+    assert dict(again.provenance) == dict(result.provenance)
+    assert list(store.keys()) == [KEY]
+
+
+def test_latents_can_be_left_out(store: ResultStore) -> None:
+    store.put(KEY, make_result())
+    light = store.need(KEY, latents=False)
+    assert light.latents.shape == (50, 0)
+    assert light.attention.shape == (50, 8)
+
+
+def test_the_file_has_the_names_that_other_tools_read(tmp_path: Path) -> None:
+    import h5py
+
+    store = ResultStore(str(tmp_path))
+    store.put(KEY, make_result())
+    with h5py.File(next(tmp_path.glob("*/*.h5"))) as h5:
+        assert h5["features"].dtype == np.float16
+        assert h5["coords"].dtype == np.int64
+        assert h5["attention_logits"].dtype == np.float32
+        assert h5["coords"].attrs["patch_size_level0"] == 224.45
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "text"])
+def test_a_damaged_file_is_set_aside_and_counts_as_absent(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ResultStore(str(tmp_path))
+    store.put(KEY, make_result())
+    path = next(tmp_path.glob("*/*.h5"))
+    data = bytearray(path.read_bytes())
+    where = data.find(make_result().latents.tobytes()[:64])
+    assert where > 0
+    if damage == "truncate":
+        data = data[: len(data) // 2]
+    elif damage == "flip":
+        data[where + 10] ^= 1
+    else:
+        data = bytearray(b"" if damage == "empty" else b"this is no HDF5 file")
+    path.write_bytes(data)
+    with pytest.raises(ResultDamaged):
+        read_hdf5(path)
+    assert store.get(KEY) is None
+    assert "damaged" in caplog.text
+    assert not store.has(KEY)
+    assert len(list(tmp_path.glob("*/*.damaged-*"))) == 1  # kept, for whoever wants to know why
+    store.put(KEY, make_result())
+    assert store.get(KEY) is not None
+
+
+def test_two_writers_of_one_key_leave_one_whole_file(tmp_path: Path) -> None:
+    store = ResultStore(str(tmp_path))
+    results = [make_result(seed=seed) for seed in range(4)]
+    threads = [threading.Thread(target=store.put, args=(KEY, result)) for result in results]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stored = store.need(KEY)
+    assert any(np.array_equal(stored.latents, result.latents) for result in results)
+    assert [path.name for path in tmp_path.glob("*/*") if not path.name.startswith(".")] == [f"{KEY}.h5"]
+    assert not list(tmp_path.glob("*/.*"))
+
+
+@pytest.mark.parametrize("key", ["", "../../etc/passwd", "A" * 40, KEY + "/..", KEY[:-1]])
+def test_what_is_no_key_is_never_a_path(key: str, tmp_path: Path) -> None:
+    with pytest.raises(ResultNotFound):
+        ResultStore(str(tmp_path)).get(key)
+
+
+def test_a_bag_of_patches_keeps_its_page_sizes(store: ResultStore) -> None:
+    sizes = np.array([[300, 200], [50, 60]], np.int64)
+    zero = np.zeros((2, 2), np.int64)
+    bag = Bag("patches", zero, np.array([[0, 0], [1, 0]]), (2, 1), 224.0, (0, 0), 224, 0.0, 0.0, "none", sizes)
+    store.put(KEY, BagResult(bag, np.zeros((2, 4), np.float16), np.zeros((2, 8), np.float32), np.zeros(4, np.float32)))
+    again = store.need(KEY)
+    assert again.bag.kind == "patches"
+    np.testing.assert_array_equal(again.bag.patch_sizes, sizes)
