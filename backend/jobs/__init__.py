@@ -1,0 +1,1 @@
+"""Work that takes time: queues, workers, and the embedded Redis."""

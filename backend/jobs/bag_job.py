@@ -1,0 +1,84 @@
+"""The only jobs that our workers run, and what a failed one is said to have failed of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from redis.exceptions import RedisError
+from rq.exceptions import DeserializationError
+from rq.job import Job
+from rq.timeouts import JobTimeoutException
+
+from backend.errors import BackendError, JobRefused, JobTimedOut
+from backend.jobs import tasks
+from backend.jobs.redis_server import unavailable
+from backend.jobs.states import ALLOWED_FUNCTIONS
+from backend.settings import Settings
+
+
+class BagJob(Job):  # type: ignore[misc]
+    """An RQ job that runs nothing but our own functions: what else is in Redis is never imported."""
+
+    @property
+    def func(self) -> Callable[..., Any]:
+        """The function, if it is one of ours."""
+        self._refuse_others()
+        function: Callable[..., Any] = getattr(tasks, self.func_name.rsplit(".", 1)[-1])
+        return function
+
+    def _refuse_others(self) -> None:
+        try:
+            name, instance = self.func_name, self.instance
+        except DeserializationError as error:
+            raise JobRefused(
+                f"Job {self.id} does not hold JSON.", hint="Something else writes to this Redis."
+            ) from error
+        callbacks = (self._success_callback_name, self._failure_callback_name, self._stopped_callback_name)
+        if name not in ALLOWED_FUNCTIONS or instance is not None or any(isinstance(c, str) and c for c in callbacks):
+            raise JobRefused(
+                f"Job {self.id} asks for {name!r}, which our workers do not run; nothing was imported.",
+                hint="Something else writes to this Redis: give the backend a Redis (or a database number) of its own.",
+            )
+
+    # RQ would import these by name, and call any address.
+    success_callback = failure_callback = stopped_callback = None
+
+    def send_webhooks(self, *_args: Any, **_kwargs: Any) -> None:
+        """Ours have none."""
+
+
+def function_of(job: Job) -> str | None:
+    """Name of the job's function, ``None`` if it cannot be read."""
+    try:
+        name: str | None = job.func_name
+    except DeserializationError:
+        return None
+    return name
+
+
+def describe_failure(job: Job, error: BaseException | None, settings: Settings) -> dict[str, Any]:
+    """``error``, whatever it is, in the form of :meth:`BackendError.as_dict <backend.errors.BackendError.as_dict>`."""
+    cause = error
+    while cause is not None:
+        # Code that wraps every exception into its own wraps the timeout too.
+        if isinstance(cause, JobTimeoutException):
+            return dict(
+                JobTimedOut(
+                    f"The job ran longer than {job.timeout} s and was stopped at stage {job.meta.get('stage', '?')!r}.",
+                    hint="Raise JOB_TIMEOUT_S, or use a faster device.",
+                ).as_dict()
+            )
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, RedisError):
+        error = unavailable(error, settings)
+    if isinstance(error, DeserializationError):
+        error = JobRefused(f"Job {job.id} does not hold JSON.", hint="Something else writes to this Redis.")
+    if isinstance(error, BackendError):
+        return dict(error.as_dict())
+    return {
+        "code": "unexpected_error",
+        "message": f"{type(error).__name__}: {error}",
+        "hint": "A defect of this backend, or of a library: the worker's log has the traceback.",
+        "retryable": True,
+    }

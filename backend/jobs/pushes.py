@@ -1,0 +1,102 @@
+"""What is known of pushes and tasks that wait, for whoever watches a bag: kept in Redis for a day, read for many bags at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from redis.exceptions import ConnectionError, TimeoutError
+from rq import Queue
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+
+from backend.jobs import scripts
+from backend.jobs.queue import BagQueue
+from backend.jobs.redis_server import unavailable
+from backend.jobs.states import QUEUES
+
+KEPT_S = 86_400
+
+
+@dataclass(frozen=True)
+class Push:
+    """A prediction that was pushed: Label Studio's project and task, and when (s since 1970, by Redis' clients)."""
+
+    project: int
+    task: int
+    at: float
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Of one bag: the pushes of the last day, and the tasks (``project:task``) that still wait for theirs."""
+
+    pushes: tuple[Push, ...] = ()
+    waiting: tuple[str, ...] = ()
+
+
+def _name(key: str) -> str:
+    return f"wsc:pushed:{key}"
+
+
+def note_push(queue: BagQueue, key: str, project: int, task: int) -> None:
+    """Write down that the prediction of ``task`` was pushed now.
+
+    Raises
+    ------
+    QueueUnavailable
+        Redis does not answer.
+    """
+    try:
+        with queue.redis.pipeline() as pipeline:
+            pipeline.hset(_name(key), f"{project}:{task}", str(time.time()))
+            pipeline.expire(_name(key), KEPT_S)
+            pipeline.execute()
+    except (ConnectionError, TimeoutError) as error:
+        raise unavailable(error, queue.settings) from error
+
+
+def watched(queue: BagQueue, keys: Sequence[str]) -> dict[str, Watched]:
+    """Pushes and waiting tasks of every bag in ``keys``; errors as :func:`note_push`."""
+    try:
+        with queue.redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.hgetall(_name(key))
+                pipeline.hkeys(scripts.waiting_key(key))
+            answers = pipeline.execute()
+    except (ConnectionError, TimeoutError) as error:
+        raise unavailable(error, queue.settings) from error
+    return {
+        key: Watched(tuple(_push(*item) for item in pushed.items()), tuple(name.decode() for name in waiting))
+        for key, pushed, waiting in zip(keys, answers[::2], answers[1::2], strict=True)
+    }
+
+
+def _push(name: bytes, at: bytes) -> Push:
+    project, _, task = name.decode().partition(":")
+    return Push(int(project), int(task), float(at))
+
+
+def job_counts(queue: BagQueue) -> dict[str, int]:
+    """How many jobs are ``started``, ``queued`` (those that wait for another try included), ``failed`` and ``finished``."""
+    registries: dict[str, Any] = {
+        "started": StartedJobRegistry,
+        "queued": ScheduledJobRegistry,
+        "failed": FailedJobRegistry,
+        "finished": FinishedJobRegistry,
+    }
+    try:
+        with queue.redis.pipeline(transaction=False) as pipeline:
+            for registry in registries.values():
+                for name in QUEUES:
+                    pipeline.zcard(registry.key_template.format(name))
+            for name in QUEUES:
+                pipeline.llen(Queue.redis_queue_namespace_prefix + name)
+            answers = [int(answer) for answer in pipeline.execute()]
+    except (ConnectionError, TimeoutError) as error:
+        raise unavailable(error, queue.settings) from error
+    width = len(QUEUES)
+    counts = {status: sum(answers[i * width : (i + 1) * width]) for i, status in enumerate(registries)}
+    counts["queued"] += sum(answers[-width:])
+    return counts

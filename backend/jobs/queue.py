@@ -1,0 +1,389 @@
+"""The queue as the web process sees it: submit a bag once, say where it stands, remember who waits for it.
+
+Imports neither torch nor mmm. Jobs are RQ jobs with the JSON serializer; the id of an analysis is its bag key, so the same bag
+asked for by ten tasks runs once and answers ten.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from redis import Redis
+from rq import Queue
+from rq.exceptions import DeserializationError
+from rq.job import Job, Retry
+from rq.serializers import JSONSerializer
+from rq.utils import now
+
+from backend.errors import JobNotFound, TrainingUnavailable
+from backend.jobs import scripts
+from backend.jobs.queue_overview import QueueOverview, answers_or_unavailable
+from backend.jobs.redis_server import connect
+from backend.jobs.states import (
+    ALLOWED_FUNCTIONS,
+    ANALYSE,
+    ANALYSIS_QUEUES,
+    PUBLISH_BAG,
+    PUBLISH_TASK,
+    QUEUES,
+    BagRequest,
+    JobState,
+    Priority,
+    WaitingTask,
+    state_of,
+)
+from backend.settings import Settings
+
+__all__ = ["QUEUES", "BagQueue", "BagRequest", "JobState", "WaitingTask", "connect"]
+
+POLL_S = 0.05
+PUBLISH_TIMEOUT_S = 300
+"""Longest time that pushing one prediction may take."""
+PUBLISH_BACKOFF_CAP_S = 300
+SWEEP_AFTER_S = 60
+"""Age from which a task that waits for a bag nobody computes is looked after."""
+_CHUNK = 500
+
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def backoff(first_s: int, factor: int, cap_s: int, count: int) -> list[int]:
+    """``count`` waiting times in seconds, each ``factor`` times the one before, none above ``cap_s``."""
+    return [min(cap_s, first_s * factor**i) for i in range(count)]
+
+
+class BagQueue(QueueOverview):
+    """Submits work and says where it stands. Threads may share one.
+
+    Every method raises :class:`~backend.errors.QueueUnavailable` when Redis does not answer.
+
+    Parameters
+    ----------
+    settings
+        Time limits, retries and TTLs of the jobs.
+    redis
+        From :func:`backend.jobs.redis_server.connect`. It need not answer yet.
+    """
+
+    def __init__(self, settings: Settings, redis: Redis) -> None:
+        self.settings = settings
+        self.redis: Any = redis
+        self._queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
+        self._token = uuid.uuid4().hex
+        register = self.redis.register_script
+        self._submit = register(scripts.SUBMIT)
+        self._move = register(scripts.MOVE_WAITING)
+        self._take = register(scripts.TAKE_WAITING)
+        self._drain = register(scripts.DRAIN_WAITING)
+        self._release = register(scripts.RELEASE)
+
+    @answers_or_unavailable
+    def ping(self) -> None:
+        """Return if Redis answers."""
+        self.redis.ping()
+
+    # --- analyses ---------------------------------------------------------------------------------------------------
+
+    def submit(
+        self, request: BagRequest, *, priority: Priority, waiting: WaitingTask | None = None, force: bool = False
+    ) -> JobState:
+        """Have a bag computed, unless it is under way. To be called when the store has no result for it.
+
+        In one step: ``waiting`` is written down; a live job of this bag is left alone, but moves from ``batch`` to ``interactive``
+        if asked for interactively; a finished one runs again; a failed one runs again only if it may succeed (or with
+        ``force``). One that has failed for good is answered as it is, and ``waiting`` is not kept.
+        """
+        return self.submit_many([(request, waiting)], priority, force=force)[request.key]
+
+    @answers_or_unavailable
+    def submit_many(
+        self, requests: Sequence[tuple[BagRequest, WaitingTask | None]], priority: Priority, *, force: bool = False
+    ) -> dict[str, JobState]:
+        """:meth:`submit` for many, in few round trips. Returns the state of each bag key."""
+        if priority not in ANALYSIS_QUEUES:
+            raise ValueError(f"priority must be one of {ANALYSIS_QUEUES}, not {priority!r}")
+        for chunk in _chunks(requests):
+            with self.redis.pipeline(transaction=False) as pipeline:
+                for request, waiting in chunk:
+                    self._submit_one(pipeline, self._analysis(request, priority), waiting, force)
+                pipeline.execute()
+        return self.states([request.key for request, _ in requests])
+
+    @answers_or_unavailable
+    def retry(self, key: str) -> JobState:
+        """Run a failed job again because a user asks for it, whatever it failed of. A job that has not failed is left alone.
+
+        Raises
+        ------
+        JobNotFound
+            No job of this id is listed.
+        """
+        raw = self.redis.hgetall(Job.key_for(key))
+        state = state_of(key, raw)
+        if state is None:
+            raise JobNotFound(f"No job {key!r} is listed.", hint="Open the task again: that submits its slide.")
+        if state.status == "failed":
+            job = Job(key, connection=self.redis, serializer=JSONSerializer)
+            job.restore(raw)
+            try:
+                function, args = job.func_name, tuple(job.args)
+            except DeserializationError:
+                function, args = None, ()
+            if function not in ALLOWED_FUNCTIONS:
+                raise JobNotFound(f"Job {key!r} is none of ours.", hint="It was put into Redis by something else.")
+            if function == ANALYSE:
+                again = self._analysis(BagRequest.from_json(args[0]), "interactive")
+            else:
+                again = self._publishing(function, args, key)
+            self._submit_one(self.redis, again, None, True)
+        return self._one(key)
+
+    @answers_or_unavailable
+    def request(self, key: str) -> BagRequest | None:
+        """What the analysis listed under ``key`` was asked; ``None`` if none is listed (any more)."""
+        raw = self.redis.hgetall(Job.key_for(key))
+        if state_of(key, raw) is None:
+            return None
+        job = Job(key, connection=self.redis, serializer=JSONSerializer)
+        job.restore(raw)
+        try:
+            return BagRequest.from_json(job.args[0]) if job.func_name == ANALYSE else None
+        except (DeserializationError, LookupError, TypeError, ValueError):
+            return None  # put there by something else
+
+    @answers_or_unavailable
+    def state(self, key: str) -> JobState | None:
+        """Where a job stands; ``None`` if none of this id is listed (any more)."""
+        return self.states([key]).get(key)
+
+    @answers_or_unavailable
+    def states(self, keys: Iterable[str]) -> dict[str, JobState]:
+        """The states of several jobs. Those that are not listed are absent."""
+        found: dict[str, JobState] = {}
+        keys = list(dict.fromkeys(keys))
+        places = self._places() if len(keys) > 8 else None
+        for chunk in _chunks(keys):
+            with self.redis.pipeline(transaction=False) as pipeline:
+                for key in chunk:
+                    pipeline.hgetall(Job.key_for(key))
+                answers = pipeline.execute()
+            for key, raw in zip(chunk, answers, strict=True):
+                state = state_of(key, raw, self._place(key, raw, places))
+                if state is not None:
+                    found[key] = state
+        return found
+
+    @answers_or_unavailable
+    def wait(self, keys: Iterable[str], timeout_s: float) -> dict[str, JobState]:
+        """Wait until every job has settled (finished, failed, or not listed), at most ``timeout_s``; then :meth:`states`."""
+        keys = list(dict.fromkeys(keys))
+        deadline = time.monotonic() + timeout_s
+        open_keys = keys
+        while open_keys:
+            states: dict[str, bytes | None] = {}
+            for chunk in _chunks(open_keys):
+                with self.redis.pipeline(transaction=False) as pipeline:
+                    for key in chunk:
+                        pipeline.hget(Job.key_for(key), "status")
+                    states.update(zip(chunk, pipeline.execute(), strict=True))
+            open_keys = [
+                key
+                for key, status in states.items()
+                if status not in (None, b"finished", b"failed", b"stopped", b"canceled")
+            ]
+            left = deadline - time.monotonic()
+            if not open_keys or left <= 0:
+                break
+            time.sleep(min(POLL_S, left))
+        return self.states(keys)
+
+    # --- who answers a task -----------------------------------------------------------------------------------------
+
+    @answers_or_unavailable
+    def claim_answer(self, project: int, task: int, model_version: str, ttl_s: float = 15) -> bool:
+        """Whether the caller may hand out the prediction of this task and version now: one caller may, for ``ttl_s``."""
+        name = scripts.answer_key(project, task, model_version)
+        return bool(self.redis.set(name, self._token, nx=True, px=max(1, round(ttl_s * 1000))))
+
+    @answers_or_unavailable
+    def release_claim(self, project: int, task: int, model_version: str) -> None:
+        """Give back what :meth:`claim_answer` of this queue gave. One that has passed to somebody else is left alone."""
+        self._release(keys=[scripts.answer_key(project, task, model_version)], args=[self._token])
+
+    @answers_or_unavailable
+    def waiting(self, key: str) -> list[WaitingTask]:
+        """The tasks that wait for a bag."""
+        return [WaitingTask.from_json(json.loads(text)) for text in self.redis.hvals(scripts.waiting_key(key))]
+
+    @answers_or_unavailable
+    def take_waiting(self, key: str, project: int, task: int) -> bool:
+        """Remove one waiting task; whether it was there. Of several callers one gets True."""
+        return bool(self._take(keys=[scripts.waiting_key(key)], args=[key, f"{project}:{task}"]))
+
+    @answers_or_unavailable
+    def drain_waiting(self, key: str, *, unless_live: bool = False) -> list[WaitingTask]:
+        """Remove and return all tasks that wait for a bag. Of several callers one gets them.
+
+        With ``unless_live``, nothing is removed while the bag's job is queued or running.
+        """
+        texts = self._drain(keys=[scripts.waiting_key(key)], args=[key, int(unless_live)])
+        return [WaitingTask.from_json(json.loads(text)) for text in texts]
+
+    @answers_or_unavailable
+    def put_back_waiting(self, key: str, waiting: Iterable[WaitingTask]) -> None:
+        """Write down tasks that wait for a bag; they are pushed when the bag is done, soon if it is done already."""
+        mapping = {task.id: task.to_text() for task in waiting}
+        if mapping:
+            with self.redis.pipeline() as pipeline:
+                pipeline.hset(scripts.waiting_key(key), mapping=mapping)
+                pipeline.zadd(scripts.WAITING_INDEX, {key: int(time.time())}, nx=True)
+                pipeline.execute()
+
+    # --- publishing and training ------------------------------------------------------------------------------------
+
+    @answers_or_unavailable
+    def enqueue_publish(self, key: str, *, delay_s: int = 0) -> None:
+        """Have the tasks that wait for a bag pushed (or dropped with a log line, if the bag has failed), in ``delay_s`` seconds."""
+        job = self._publishing(PUBLISH_BAG, (key,), f"publish-{key}")
+        if self._submit_one(self.redis, job, None, True, delay_s) == b"started":
+            # That run may have looked at the waiting tasks already: one more afterwards.
+            self._submit_one(self.redis, self._publishing(PUBLISH_BAG, (key,), f"publish-{key}-again"), None, True)
+
+    @answers_or_unavailable
+    def publish_waiting(self, key: str) -> list[WaitingTask]:
+        """Turn every task that waits for a bag into one publish job; returns those. No task is lost or doubled on the way."""
+        moved = []
+        for task in self.waiting(key):
+            job = self._publishing(PUBLISH_TASK, (key, task.to_json()), publish_id(key, task))
+            args = [key, task.id, task.to_text(), job.id, job.origin, *_fields(job)]
+            if self._move(keys=[scripts.waiting_key(key)], args=args):
+                moved.append(task)
+        return moved
+
+    @answers_or_unavailable
+    def sweep_waiting(self) -> list[str]:
+        """Publish for bags that tasks wait for although no job is under way; returns their keys.
+
+        Nothing should be found. It is the net under a worker that was killed between finishing a bag and saying so.
+        """
+        old = self.redis.zrangebyscore(scripts.WAITING_INDEX, "-inf", time.time() - SWEEP_AFTER_S)
+        swept = []
+        for chunk in _chunks([key.decode() for key in old]):
+            states = self.states(chunk)
+            for key in chunk:
+                if key not in states or states[key].settled:
+                    self.enqueue_publish(key)
+                    swept.append(key)
+        return swept
+
+    def enqueue_train(self, project: int) -> None:
+        """Heads cannot be trained yet: says so, loudly."""
+        raise TrainingUnavailable(
+            f"Project {project}: this release does not train heads on annotations yet.",
+            hint="Annotations are kept in Label Studio; nothing is lost.",
+        )
+
+    # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _analysis(self, request: BagRequest, queue: str) -> Job:
+        settings = self.settings
+        # The first retry comes at once: it is the answer to a killed worker. Later ones give a remote store time to come back.
+        return self._job(
+            queue,
+            ANALYSE,
+            (request.to_json(),),
+            request.key,
+            timeout=settings.job_timeout_s,
+            intervals=backoff(1, 8, 60, settings.job_retries),
+            about=f"analyse {_slide_name(request.slide)}",
+        )
+
+    def _publishing(self, function: str, args: tuple[Any, ...], job_id: str) -> Job:
+        count = self.settings.publish_retries
+        intervals = backoff(2, 2, PUBLISH_BACKOFF_CAP_S, count)
+        about = f"push what waits for {job_id.removeprefix('publish-')}"
+        if function == PUBLISH_TASK:
+            about = f"push task {args[1]['task']} of project {args[1]['project']}"
+        return self._job("publish", function, args, job_id, timeout=PUBLISH_TIMEOUT_S, intervals=intervals, about=about)
+
+    def _job(
+        self,
+        queue: str,
+        function: str,
+        args: tuple[Any, ...],
+        job_id: str,
+        *,
+        timeout: int,
+        intervals: list[int],
+        about: str,
+    ) -> Job:
+        job = self._queues[queue].create_job(
+            function,
+            args=args,
+            job_id=job_id,
+            timeout=timeout,
+            result_ttl=self.settings.result_ttl_s,
+            failure_ttl=self.settings.failure_ttl_s,
+            retry=Retry(len(intervals), intervals) if intervals else None,
+            description=about,
+        )
+        job.enqueued_at = now()
+        return job
+
+    def _submit_one(self, client: Any, job: Job, waiting: WaitingTask | None, force: bool, delay_s: int = 0) -> Any:
+        field, value = (waiting.id, waiting.to_text()) if waiting is not None else ("", "")
+        return self._submit(
+            keys=[scripts.waiting_key(job.id)],
+            args=[job.id, job.origin, field, value, int(force), delay_s, *_fields(job)],
+            client=client,
+        )
+
+    def _one(self, key: str) -> JobState:
+        return self.states([key])[key]
+
+    def _places(self) -> dict[str, int]:
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for name in QUEUES:
+                pipeline.lrange(self._queues[name].key, 0, -1)
+            answers = pipeline.execute()
+        return {key.decode(): place for answer in answers for place, key in enumerate(answer, start=1)}
+
+    def _place(self, key: str, raw: dict[bytes, bytes], places: dict[str, int] | None) -> int | None:
+        if raw.get(b"status") != b"queued":
+            return None
+        if places is not None:
+            return places.get(key)
+        place = self.redis.lpos(Queue.redis_queue_namespace_prefix + raw.get(b"origin", b"").decode(), key)
+        return None if place is None else int(place) + 1
+
+
+def _slide_name(slide: dict[str, Any]) -> str:
+    """The file name in a slide reference, without folders or a query; the queue knows no more of it."""
+    locations = slide.get("locations") or ["a slide"]
+    name = str(locations[0]).split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1][:120]
+    return name if len(locations) == 1 else f"{len(locations)} patches from {name}"
+
+
+def publish_id(key: str, task: WaitingTask) -> str:
+    """Id of the job that pushes one task's prediction: the same push has the same id, so it is queued once.
+
+    RQ allows letters, digits, ``_`` and ``-`` only, so the digest keeps apart what that folds together, and also other configs.
+    """
+    version = re.sub(r"[^A-Za-z0-9_-]", "-", task.model_version)[:60]
+    exact = hashlib.sha256(task.to_text().encode()).hexdigest()[:8]
+    return f"publish-{task.project}-{task.task}-{version}-{key[:12]}-{exact}"
+
+
+def _fields(job: Job) -> list[Any]:
+    return [item for name, value in job.to_dict().items() if value is not None for item in (name, value)]
+
+
+def _chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:
+    return (items[start : start + _CHUNK] for start in range(0, len(items), _CHUNK))

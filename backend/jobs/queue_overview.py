@@ -1,0 +1,111 @@
+"""What an overview asks of the queue: jobs, depths, workers. Part of :class:`~backend.jobs.queue.BagQueue`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from datetime import datetime, timezone
+from functools import wraps
+from typing import Any, TypeVar
+
+from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError
+from rq import Queue
+from rq.defaults import RQ_KEY_PREFIX
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.utils import utcparse
+from rq.worker_registration import REDIS_WORKER_KEYS
+
+from backend.jobs.redis_server import unavailable
+from backend.jobs.states import QUEUES, JobState, Status
+from backend.settings import Settings
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def answers_or_unavailable(method: F) -> F:
+    """Turn every sign that Redis cannot serve into QueueUnavailable."""
+
+    @wraps(method)
+    def guarded(self: QueueOverview, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError) as error:
+            raise unavailable(error, self.settings) from error
+        except ResponseError as error:
+            if str(error).startswith("MISCONF"):  # the disk is full: Redis refuses to write
+                raise unavailable(error, self.settings) from error
+            raise
+
+    return guarded  # type: ignore[return-value]
+
+
+class QueueOverview(ABC):
+    """The asking half of :class:`~backend.jobs.queue.BagQueue`, which sets these attributes and answers :meth:`states`."""
+
+    settings: Settings
+    redis: Any
+    _queues: dict[str, Queue]
+
+    @abstractmethod
+    def states(self, keys: Iterable[str]) -> dict[str, JobState]:
+        """The states of several jobs; see :meth:`BagQueue.states <backend.jobs.queue.BagQueue.states>`."""
+
+    @answers_or_unavailable
+    def jobs(self, limit: int = 100, status: Status | None = None) -> list[JobState]:
+        """Jobs of all queues: running, queued in order, waiting for another try, then failed and finished, latest first."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for name in QUEUES:
+                pipeline.zrange(StartedJobRegistry.key_template.format(name), 0, limit - 1)
+                pipeline.lrange(self._queues[name].key, 0, limit - 1)
+                pipeline.zrange(ScheduledJobRegistry.key_template.format(name), 0, limit - 1)
+                pipeline.zrange(FailedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
+                pipeline.zrange(FinishedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
+            answers = pipeline.execute()
+        ids = [member.decode().split(":")[0] for kind in range(5) for answer in answers[kind::5] for member in answer]
+        states = self.states(ids)
+        return [state for state in states.values() if status in (None, state.status)][:limit]
+
+    @answers_or_unavailable
+    def depths(self) -> dict[str, int]:
+        """How many jobs lie in each queue."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for name in QUEUES:
+                pipeline.llen(self._queues[name].key)
+            return dict(zip(QUEUES, pipeline.execute(), strict=True))
+
+    @answers_or_unavailable
+    def workers(self) -> list[dict[str, Any]]:
+        """The workers that have beaten within ``HEARTBEAT_TTL_S``.
+
+        Each has name, device, queues, state, job, heartbeat_age_s, pid, host, and memory_bytes and device_memory_bytes (``None`` where
+        the worker cannot say).
+        """
+        names = sorted(self.redis.smembers(REDIS_WORKER_KEYS))
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for name in names:
+                pipeline.hgetall(name)
+                pipeline.smembers(name + b":executions")
+            answers = pipeline.execute()
+        found = []
+        for name, raw, executions in zip(names, answers[::2], answers[1::2], strict=True):
+            if b"last_heartbeat" not in raw or b"death" in raw:
+                continue
+            text = {field.decode(): value.decode() for field, value in raw.items()}
+            age = (datetime.now(timezone.utc) - utcparse(text["last_heartbeat"])).total_seconds()
+            found.append(
+                {
+                    "name": name.decode().removeprefix(f"{RQ_KEY_PREFIX}:worker:"),
+                    "device": text.get("device", ""),
+                    "queues": [queue for queue in text.get("queues", "").split(",") if queue],
+                    "state": text.get("state", ""),
+                    "job": next((member.decode().split(":")[0] for member in executions), None),
+                    "heartbeat_age_s": max(0.0, age),
+                    "pid": int(text.get("pid", 0)),
+                    "host": text.get("hostname", ""),
+                    "memory_bytes": int(text["memory_bytes"]) if text.get("memory_bytes") else None,
+                    "device_memory_bytes": int(text["device_memory_bytes"])
+                    if text.get("device_memory_bytes")
+                    else None,
+                }
+            )
+        return found

@@ -1,0 +1,221 @@
+"""The steps on Redis that must happen as one, as Lua. RQ's own keys are named by RQ; ours begin with ``wsc:``.
+
+RQ offers ``enqueue(unique=True)``: it refuses a second job of one id. Between that refusal and what has to follow (is the
+other one finished? has it failed? must it move to a faster queue? is the task that waits for it written down?) another process
+may act, so all of it is one script here. Keys are composed inside the scripts: made for a single Redis, not for a cluster.
+"""
+
+from __future__ import annotations
+
+from rq import Queue
+from rq.job import Job
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry
+from rq.results import Result
+
+WAITING_INDEX = "wsc:waiting"
+"""Sorted set of the bag keys that some task waits for, scored by the time (s) since when."""
+POPPED = "wsc:popped"
+"""Sorted set ``queue id`` of jobs taken from a queue and not yet marked as started, scored by the time (s)."""
+
+
+def waiting_key(bag_key: str) -> str:
+    """Redis hash of the tasks that wait for a bag: ``project:task`` → JSON of the WaitingTask."""
+    return f"wsc:waiting:{bag_key}"
+
+
+def answer_key(project: int, task: int, model_version: str) -> str:
+    """Redis key that is held while somebody hands out the prediction of this task."""
+    return f"wsc:answer:{project}:{task}:{model_version}"
+
+
+def maintenance_key(queue: str) -> str:
+    """Redis key that is held while a worker puts a queue in order."""
+    return f"wsc:maintenance:{queue}"
+
+
+_NAMES = f"""
+local JOB, QUEUE, QUEUES = '{Job.key_for("")}', '{Queue.redis_queue_namespace_prefix}', '{Queue.redis_queues_keys}'
+local RESULTS, SCHEDULED = '{Result.get_key("")}', '{ScheduledJobRegistry.key_template.format("")}'
+local FINISHED, FAILED = '{FinishedJobRegistry.key_template.format("")}', '{FailedJobRegistry.key_template.format("")}'
+local INDEX, POPPED = '{WAITING_INDEX}', '{POPPED}'
+"""
+
+# Write a job afresh, whatever its former self left behind, and put it at the end of its queue (or there in `delay` seconds).
+_CREATE = """
+local function create(id, queue, delay, first_field)
+    local origin = redis.call('HGET', JOB .. id, 'origin')
+    if origin then
+        for _, registry in ipairs({FINISHED, FAILED, SCHEDULED}) do redis.call('ZREM', registry .. origin, id) end
+    end
+    redis.call('DEL', JOB .. id, RESULTS .. id)
+    redis.call('HSET', JOB .. id, unpack(ARGV, first_field))
+    redis.call('SADD', QUEUES, QUEUE .. queue)
+    if tonumber(delay) > 0 then
+        redis.call('HSET', JOB .. id, 'status', 'scheduled')
+        redis.call('ZADD', SCHEDULED .. queue, redis.call('TIME')[1] + delay, id)
+    else
+        redis.call('RPUSH', QUEUE .. queue, id)
+    end
+end
+
+local function status_of(id)
+    if redis.call('HEXISTS', JOB .. id, 'data') == 0 then return false end
+    return redis.call('HGET', JOB .. id, 'status')
+end
+
+local function forget_waiting(waiting, field, bag)
+    redis.call('HDEL', waiting, field)
+    if redis.call('EXISTS', waiting) == 0 then redis.call('ZREM', INDEX, bag) end
+end
+"""
+
+SUBMIT = (
+    _NAMES
+    + _CREATE
+    + """
+-- KEYS: waiting hash. ARGV: id, queue, waiting field ('' for none), its value, force ('1' or '0'), delay, then the job's fields.
+-- Returns 'created', 'refused' (it has failed for good), or the status of the live job: 'queued', 'started', 'scheduled'.
+local id, queue, field, value, force = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5]
+if field ~= '' then  -- first of all, so that a job that ends just now finds it
+    redis.call('HSET', KEYS[1], field, value)
+    redis.call('ZADD', INDEX, 'NX', redis.call('TIME')[1], id)
+end
+local status = status_of(id)
+if status == 'queued' then
+    local origin = redis.call('HGET', JOB .. id, 'origin')
+    if queue == 'interactive' and origin ~= queue and redis.call('LREM', QUEUE .. origin, 1, id) == 1 then
+        redis.call('HSET', JOB .. id, 'origin', queue)
+        redis.call('SADD', QUEUES, QUEUE .. queue)
+        redis.call('RPUSH', QUEUE .. queue, id)
+    end
+    return status
+end
+if status == 'failed' and force == '0' then
+    local ok, meta = pcall(cjson.decode, redis.call('HGET', JOB .. id, 'meta') or '')
+    if ok and type(meta) == 'table' and type(meta.error) == 'table' and meta.error.retryable == false then
+        if field ~= '' then forget_waiting(KEYS[1], field, id) end
+        return 'refused'
+    end
+end
+if status and status ~= 'finished' and status ~= 'failed' and status ~= 'stopped' and status ~= 'canceled' then
+    return status
+end
+create(id, queue, ARGV[6], 7)
+return 'created'
+"""
+)
+
+MOVE_WAITING = (
+    _NAMES
+    + _CREATE
+    + """
+-- Turn one waiting task into a publish job. KEYS: waiting hash.
+-- ARGV: bag key, waiting field, the value it must still have, id, queue, then the job's fields.
+local bag, field, value, id = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+if redis.call('HGET', KEYS[1], field) ~= value then return 0 end
+forget_waiting(KEYS[1], field, bag)
+local status = status_of(id)
+if status == 'queued' or status == 'started' or status == 'scheduled' then return 0 end
+create(id, ARGV[5], 0, 6)
+return 1
+"""
+)
+
+TAKE_WAITING = (
+    _NAMES
+    + """
+-- KEYS: waiting hash. ARGV: bag key, field. Returns whether the task was waiting.
+local removed = redis.call('HDEL', KEYS[1], ARGV[2])
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('ZREM', INDEX, ARGV[1]) end
+return removed
+"""
+)
+
+DRAIN_WAITING = (
+    _NAMES
+    + _CREATE
+    + """
+-- KEYS: waiting hash. ARGV: bag key, '1' to do nothing while the bag's job is live. Returns all values, and leaves none.
+local status = status_of(ARGV[1])
+if ARGV[2] == '1' and (status == 'queued' or status == 'started' or status == 'scheduled') then return {} end
+local values = redis.call('HVALS', KEYS[1])
+redis.call('DEL', KEYS[1])
+redis.call('ZREM', INDEX, ARGV[1])
+return values
+"""
+)
+
+RELEASE = """
+-- Give a key back if it is still ours. KEYS: the key. ARGV: our token.
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end
+return 0
+"""
+
+POP = (
+    _NAMES
+    + """
+-- Take the next job. ARGV: queue names in order of priority. Returns {queue, id}, or nothing.
+-- RQ pops with BLPOP: a worker killed before it marked the job as started would lose it. Here the job is noted in the same step.
+-- An id that is in a queue twice, or whose job is gone, is passed over.
+for _, queue in ipairs(ARGV) do
+    while true do
+        local id = redis.call('LPOP', QUEUE .. queue)
+        if not id then break end
+        if redis.call('HGET', JOB .. id, 'status') == 'queued' then
+            redis.call('ZADD', POPPED, redis.call('TIME')[1], queue .. ' ' .. id)
+            return {queue, id}
+        end
+    end
+end
+return false
+"""
+)
+
+RECOVER_POPPED = (
+    _NAMES
+    + """
+-- Put back what was taken and never started. ARGV: age in seconds. Returns the ids.
+local recovered = {}
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', POPPED, '-inf', redis.call('TIME')[1] - ARGV[1], 'LIMIT', 0, 100)) do
+    redis.call('ZREM', POPPED, entry)
+    local queue, id = string.match(entry, '^(%S+) (%S+)$')
+    if id and redis.call('HGET', JOB .. id, 'status') == 'queued' then
+        redis.call('LPUSH', QUEUE .. queue, id)
+        table.insert(recovered, id)
+    end
+end
+return recovered
+"""
+)
+
+MOVE_DUE = (
+    _NAMES
+    + _CREATE
+    + """
+-- Queue the retries whose time has come (RQ needs a process of its own for this). ARGV: now as RQ writes it, queue names.
+local moved = 0
+for i = 2, #ARGV do
+    local registry = SCHEDULED .. ARGV[i]
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry, '-inf', redis.call('TIME')[1], 'LIMIT', 0, 500)) do
+        redis.call('ZREM', registry, id)
+        if status_of(id) == 'scheduled' then
+            redis.call('HSET', JOB .. id, 'status', 'queued', 'enqueued_at', ARGV[1], 'origin', ARGV[i])
+            redis.call('RPUSH', QUEUE .. ARGV[i], id)
+            moved = moved + 1
+        end
+    end
+end
+return moved
+"""
+)
+
+GIVE_BACK = (
+    _NAMES
+    + """
+-- Put a job that was interrupted back at the front of its queue. ARGV: id, queue, now as RQ writes it.
+if redis.call('HGET', JOB .. ARGV[1], 'status') ~= 'started' then return 0 end
+redis.call('HSET', JOB .. ARGV[1], 'status', 'queued', 'enqueued_at', ARGV[3], 'worker_name', '')
+redis.call('LPUSH', QUEUE .. ARGV[2], ARGV[1])
+return 1
+"""
+)

@@ -1,0 +1,174 @@
+"""What the queue is asked, and what it answers: small frozen values, all of them JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Literal
+
+QUEUES = ("interactive", "batch", "publish", "train")
+"""All queues. ``interactive`` (someone is waiting) goes before ``batch``."""
+ANALYSIS_QUEUES = ("interactive", "batch")
+
+# The functions that workers run, by name: the web process enqueues them without importing them.
+ANALYSE = "backend.jobs.tasks.analyse"
+PUBLISH_BAG = "backend.jobs.tasks.publish_bag"
+PUBLISH_TASK = "backend.jobs.tasks.publish_task"
+ALLOWED_FUNCTIONS = frozenset({ANALYSE, PUBLISH_BAG, PUBLISH_TASK})
+
+Priority = Literal["interactive", "batch"]
+Status = Literal["queued", "started", "finished", "failed"]
+
+# RQ knows more states than a user needs. A retry that waits for its time is "scheduled" there.
+_STATUS: Mapping[str, Status] = {
+    "started": "started",
+    "finished": "finished",
+    "failed": "failed",
+    "stopped": "failed",
+    "canceled": "failed",
+}
+
+
+@dataclass(frozen=True)
+class BagRequest:
+    """One bag to compute.
+
+    Attributes
+    ----------
+    key
+        The bag key, 40 hexadecimal digits; also the id of the job.
+    slide
+        A :class:`backend.slides.source.SlideRef` as JSON. The queue does not look inside.
+    """
+
+    key: str
+    slide: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {"key": self.key, "slide": self.slide}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> BagRequest:
+        """The inverse of :meth:`to_json`."""
+        return cls(key=str(value["key"]), slide=dict(value["slide"]))
+
+
+@dataclass(frozen=True)
+class WaitingTask:
+    """A Label Studio task that is to get its prediction pushed when its bag is done."""
+
+    project: int
+    task: int
+    label_config: str
+    model_version: str
+
+    @property
+    def id(self) -> str:
+        """``project:task``. A bag has one waiting entry for each."""
+        return f"{self.project}:{self.task}"
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values only."""
+        return asdict(self)
+
+    def to_text(self) -> str:
+        """Canonical JSON text: equal tasks have equal texts."""
+        return json.dumps(self.to_json(), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> WaitingTask:
+        """The inverse of :meth:`to_json`."""
+        return cls(int(value["project"]), int(value["task"]), str(value["label_config"]), str(value["model_version"]))
+
+
+@dataclass(frozen=True)
+class JobState:
+    """Where a job stands.
+
+    Attributes
+    ----------
+    key
+        The job's id: the bag key for an analysis.
+    status
+        ``failed`` includes stopped and cancelled jobs; ``queued`` includes those that wait for another try.
+    queue
+        Name of the queue it is in or came from.
+    stage, done, total, tiles_per_s
+        Progress of the running job: what it does now, tiles done of total (0 of 0 while unknown), tiles per second in this stage.
+    position
+        Place in its queue, 1 for the next; ``None`` unless it lies in the queue.
+    error
+        :meth:`BackendError.as_dict <backend.errors.BackendError.as_dict>` of the last failure. A queued job has one if it failed and will be tried again.
+    worker, device
+        Who runs or ran it.
+    about
+        What it is about, for a list that people read: ``analyse slide-1.tif``, ``push task 5 of project 3``.
+    enqueued_at, started_at, ended_at
+        ISO 8601, UTC.
+    """
+
+    key: str
+    status: Status
+    queue: str
+    stage: str = ""
+    done: int = 0
+    total: int = 0
+    tiles_per_s: float | None = None
+    position: int | None = None
+    error: dict[str, Any] | None = None
+    worker: str = ""
+    device: str = ""
+    enqueued_at: str | None = None
+    started_at: str | None = None
+    ended_at: str | None = None
+    about: str = ""
+
+    @property
+    def settled(self) -> bool:
+        """Whether nothing more will happen by itself."""
+        return self.status in ("finished", "failed")
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values only."""
+        return asdict(self)
+
+
+def state_of(key: str, raw: Mapping[bytes, bytes], position: int | None = None) -> JobState | None:
+    """The state that an RQ job hash says; ``None`` for a hash that is empty or no job's."""
+    if b"data" not in raw or b"status" not in raw:
+        return None
+    meta = _meta(raw.get(b"meta", b""))
+    rate = meta.get("tiles_per_s")
+    error = meta.get("error")
+    return JobState(
+        key=key,
+        status=_STATUS.get(raw[b"status"].decode(), "queued"),
+        queue=raw.get(b"origin", b"").decode(),
+        stage=str(meta.get("stage", "")),
+        done=int(meta.get("done", 0)),
+        total=int(meta.get("total", 0)),
+        tiles_per_s=None if rate is None else float(rate),
+        position=position,
+        error=error if isinstance(error, dict) else None,
+        worker=raw.get(b"worker_name", b"").decode(),
+        device=str(meta.get("device", "")),
+        enqueued_at=_when(raw.get(b"enqueued_at")),
+        started_at=_when(raw.get(b"started_at")),
+        ended_at=_when(raw.get(b"ended_at")),
+        about=raw.get(b"description", b"").decode(errors="replace"),
+    )
+
+
+def _meta(text: bytes) -> dict[str, Any]:
+    try:
+        meta = json.loads(text) if text else {}
+    except ValueError:
+        return {}
+    return meta if isinstance(meta, dict) else {}
+
+
+def _when(text: bytes | None) -> str | None:
+    return datetime.fromisoformat(text.decode().replace("Z", "+00:00")).isoformat() if text else None

@@ -1,0 +1,263 @@
+"""The functions that RQ runs. Arguments and results are JSON; everything else comes from the process's :class:`WorkerContext`.
+
+This module imports neither torch nor mmm: what needs them (the engine, the pipeline) is imported when an analysis starts, in a worker.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import get_current_job
+from rq.job import Job
+
+from backend.jobs.queue import BagQueue, BagRequest, JobState, WaitingTask
+from backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PROGRESS_EVERY_S = 0.25
+"""Shortest time between two writes of a job's progress within one stage."""
+
+
+class Store(Protocol):
+    """What a worker needs of :class:`backend.results.store.ResultStore`."""
+
+    def has(self, key: str) -> bool:
+        """Whether a result is stored under ``key``."""
+        ...
+
+
+class Analyser(Protocol):
+    """Computes one bag and stores its result under ``key``.
+
+    ``slide`` is a SlideRef as JSON, ``engine`` a loaded model; ``progress(stage, done, total)`` may be called as often as it likes.
+    """
+
+    def __call__(
+        self,
+        slide: dict[str, Any],
+        *,
+        key: str,
+        settings: Settings,
+        engine: Any,
+        store: Any,
+        progress: Callable[[str, int, int], None],
+    ) -> object: ...
+
+
+class Publisher(Protocol):
+    """Pushes the prediction of one task to Label Studio, so that doing it twice stores it once."""
+
+    def __call__(self, settings: Settings, redis: Any, key: str, waiting: WaitingTask) -> object: ...
+
+
+def _analyse_ref(slide: dict[str, Any], **parts: Any) -> object:
+    from backend.inference.pipeline import analyse_ref
+    from backend.label_studio.client import LabelStudioClient
+    from backend.slides.source import SlideRef, SourceResolver
+
+    # Label Studio's own files open only with its token.
+    with closing(LabelStudioClient(parts["settings"])) as client:
+        resolver = SourceResolver(parts["settings"], label_studio_headers=client.authorization)
+        return analyse_ref(SlideRef.from_json(slide), resolver=resolver, **parts)
+
+
+def _publish(settings: Settings, redis: Any, key: str, waiting: WaitingTask) -> object:
+    from backend.label_studio.publisher import publish
+
+    return publish(settings, redis, key, waiting)
+
+
+def _open_store(settings: Settings) -> Store:
+    from backend.results.store import ResultStore
+
+    return ResultStore(settings.results_location)
+
+
+def _load_engine(settings: Settings, device: str) -> Any:
+    from backend.inference.engine import load_engine
+
+    return load_engine(settings, device)
+
+
+@dataclass
+class WorkerContext:
+    """What the functions of this module work with: one for each worker process, set by :func:`set_context`.
+
+    Attributes
+    ----------
+    settings, redis
+        As the worker was started with.
+    device
+        The device's name in the job list: ``cuda:3``, ``cpu``.
+    engine_device
+        The same device as this process sees it: ``cuda:0`` in a process that sees one only.
+    analyser, publisher, open_store, load_engine
+        The parts of other rooms, imported when first needed. A test puts small real computations of its own here, in
+        the ``prepare`` function that it hands to :func:`backend.jobs.worker.main`.
+    """
+
+    settings: Settings
+    redis: Redis
+    device: str = "cpu"
+    engine_device: str = "cpu"
+    analyser: Analyser = _analyse_ref
+    publisher: Publisher = _publish
+    open_store: Callable[[Settings], Store] = _open_store
+    load_engine: Callable[[Settings, str], Any] = _load_engine
+    queue: BagQueue = field(init=False)
+    _store: Store | None = field(default=None, init=False)
+    _engine: Any = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.queue = BagQueue(self.settings, self.redis)
+
+    @property
+    def store(self) -> Store:
+        """The result store, opened once."""
+        if self._store is None:
+            self._store = self.open_store(self.settings)
+        return self._store
+
+    @property
+    def engine(self) -> Any:
+        """The model on this worker's device, loaded once and kept."""
+        if self._engine is None:
+            started = time.monotonic()
+            self._engine = self.load_engine(self.settings, self.engine_device)
+            log.info("model loaded on %s in %.1f s", self.device, time.monotonic() - started)
+        return self._engine
+
+
+_context: WorkerContext | None = None
+
+
+def set_context(context: WorkerContext | None) -> None:
+    """Set what this process's jobs work with."""
+    global _context
+    _context = context
+
+
+def context() -> WorkerContext:
+    """What this process's jobs work with."""
+    if _context is None:
+        raise RuntimeError("no WorkerContext is set: jobs run in backend.jobs.worker only")
+    return _context
+
+
+def set_analyser(analyser: Analyser) -> None:
+    """Compute bags with ``analyser`` in this process from now on (for tests and benchmarks)."""
+    context().analyser = analyser
+
+
+def set_publisher(publisher: Publisher) -> None:
+    """Push predictions with ``publisher`` in this process from now on (for tests)."""
+    context().publisher = publisher
+
+
+class Progress:
+    """Writes what an analysis is doing into its job, and remembers how long each stage took.
+
+    Written at the start of each stage and then at most every :data:`PROGRESS_EVERY_S`. Redis may be away meanwhile: the analysis goes on.
+    """
+
+    def __init__(self, job: Job | None, device: str) -> None:
+        self._job = job
+        self._device = device
+        self._stage = ""
+        self._stage_started = self._written = time.monotonic()
+        self.stage_s: dict[str, float] = {}
+        self.total = 0
+        self("start", 0, 0)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        at = time.monotonic()
+        changed = stage != self._stage
+        if changed:
+            self._close_stage(at)
+            self._stage, self._stage_started = stage, at
+        self.total = total
+        if changed or done == total or at - self._written >= PROGRESS_EVERY_S:
+            self._written = at
+            elapsed = at - self._stage_started
+            rate = round(done / elapsed, 2) if done and elapsed > 0 else None
+            self._write({"stage": stage, "done": done, "total": total, "tiles_per_s": rate, "device": self._device})
+
+    def _close_stage(self, at: float) -> None:
+        if self._stage:
+            self.stage_s[self._stage] = self.stage_s.get(self._stage, 0.0) + at - self._stage_started
+
+    def summary(self) -> str:
+        """``encode=12.3s store=0.1s``: the stages so far."""
+        self._close_stage(time.monotonic())
+        self._stage = ""
+        return " ".join(f"{stage}={seconds:.2f}s" for stage, seconds in self.stage_s.items())
+
+    def _write(self, meta: dict[str, Any]) -> None:
+        if self._job is None:
+            return
+        self._job.meta = meta
+        try:
+            self._job.save_meta()
+        except RedisError as error:
+            log.debug("progress of %s not written: %s", self._job.id, error)
+
+
+def analyse(request: dict[str, Any]) -> dict[str, Any]:
+    """Compute one bag, unless the store has it. The argument is a :class:`~backend.jobs.queue.BagRequest` as JSON."""
+    work = context()
+    bag = BagRequest.from_json(request)
+    started = time.monotonic()
+    progress = Progress(get_current_job(), work.device)
+    if work.store.has(bag.key):
+        log.info("bag=%s device=%s already stored", bag.key, work.device)
+        return {"key": bag.key, "computed": False}
+    engine = work.engine
+    work.analyser(bag.slide, key=bag.key, settings=work.settings, engine=engine, store=work.store, progress=progress)
+    seconds, tiles = time.monotonic() - started, progress.total
+    log.info("bag=%s device=%s tiles=%d %s total=%.2fs", bag.key, work.device, tiles, progress.summary(), seconds)
+    return {"key": bag.key, "computed": True, "tiles": tiles, "seconds": round(seconds, 3)}
+
+
+def publish_bag(key: str) -> dict[str, Any]:
+    """Queue one push for each task that waits for the bag; drop them, saying why, if there will be no result.
+
+    While the bag is still (or again) under way, nothing happens: the end of that job asks anew.
+    """
+    work = context()
+    if work.store.has(key):
+        moved = work.queue.publish_waiting(key)
+        return {"key": key, "published": len(moved)}
+    state = work.queue.state(key)
+    if state is not None and state.status in ("queued", "started"):
+        return {"key": key, "published": 0}
+    dropped = work.queue.drain_waiting(key, unless_live=True)
+    for task in dropped:
+        log.warning(
+            "project=%d task=%d gets no prediction from bag=%s: %s", task.project, task.task, key, _reason(state)
+        )
+    return {"key": key, "published": 0, "dropped": len(dropped)}
+
+
+def publish_task(key: str, waiting: dict[str, Any]) -> dict[str, Any]:
+    """Push the prediction of one task. ``waiting`` is a :class:`~backend.jobs.queue.WaitingTask` as JSON."""
+    work = context()
+    task = WaitingTask.from_json(waiting)
+    work.publisher(work.settings, work.redis, key, task)
+    log.info("project=%d task=%d version=%s published from bag=%s", task.project, task.task, task.model_version, key)
+    return {"key": key, "task": task.task}
+
+
+def _reason(state: JobState | None) -> str:
+    if state is None:
+        return "its job is gone and it has no result"
+    if state.error is None:
+        return "it has no result"
+    return f"{state.error.get('code', 'failed')}: {state.error.get('message', '')}"
