@@ -1,0 +1,136 @@
+"""From a stored bag to the prediction of one task: the picture's size, the regions, the last check."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from backend.errors import SlideNotFound, SlideUnreadable
+from backend.label_studio.check import check_prediction
+from backend.label_studio.labeling_config import LabelingConfig, parse_config
+from backend.label_studio.regions import PercentBox, predict_regions
+from backend.label_studio.services import Services
+from backend.results.bag import BagResult, digest
+from backend.slides.images import image_size
+from backend.slides.source import SlideRef
+
+TaskData = Mapping[str, Any]
+
+_THUMBNAIL_PATH = re.compile(r"/thumbnails/([0-9a-f]{40})\.jpg")
+_CACHED_PREDICTIONS = 256
+
+
+def slide_ref(services: Services, config: LabelingConfig, data: TaskData) -> SlideRef:
+    """Where a task's slide is; errors as :class:`~backend.slides.source.SourceResolver` and the config have them."""
+    location = config.slide_location(data)
+    value = list(location) if isinstance(location, tuple) else location
+    return services.resolver.resolve(value, mpp=_task_mpp(data))
+
+
+def _task_mpp(data: TaskData) -> float | None:
+    value = data.get("mpp")
+    if value is None or value == "":
+        return None
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise SlideUnreadable(
+            f"The task's field 'mpp' holds {value!r:.40}, which is no number.",
+            hint="It must be the slide's µm per pixel, such as 0.25; remove it where the slide states its own.",
+        ) from None
+
+
+class Answers:
+    """Makes predictions from stored bags, and remembers the last few: a prediction of one bag, config and picture never changes."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._made: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._sizes: OrderedDict[str, tuple[int, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def prediction(
+        self, key: str, data: TaskData, config_xml: str, *, box: PercentBox | None = None
+    ) -> dict[str, Any] | None:
+        """The checked prediction for a task, ``None`` if nothing is stored under ``key``.
+
+        Raises
+        ------
+        InvalidPrediction
+            Our own regions failed the check: nothing is sent.
+        """
+        config = parse_config(config_xml)
+        picture = data.get(config.image.field) if config.image.field else None
+        name = digest(
+            {
+                "key": key,
+                "config": config_xml,
+                "picture": str(picture),
+                "box": list(box) if box else None,
+                "version": self._services.model.model_version,
+                "top_k": self._services.settings.top_k,
+            }
+        )
+        with self._lock:
+            if name in self._made:
+                self._made.move_to_end(name)
+                return self._made[name]
+        result = self._services.store.get(key, latents=False)
+        if result is None:
+            return None
+        size = self.image_size(config, data, result)
+        prediction = predict_regions(
+            result,
+            config,
+            image_size=size,
+            model_version=self._services.model.model_version,
+            settings_top_k=self._services.settings.top_k,
+            box=box,
+        )
+        check_prediction(prediction, config_xml, image_size=size, may_be_empty=box is not None)
+        with self._lock:
+            self._made[name] = prediction
+            while len(self._made) > _CACHED_PREDICTIONS:
+                self._made.popitem(last=False)
+        return prediction
+
+    def image_size(self, config: LabelingConfig, data: TaskData, result: BagResult) -> tuple[int, int] | None:
+        """Width and height, in pixels, of the picture that Label Studio shows for this task; ``None`` for a bag of patches.
+
+        The editor copies a brush mask into a canvas of exactly this size, so a guess would shear the heatmap.
+        """
+        if result.bag.kind == "patches" or config.image.field is None:
+            return None
+        picture = data.get(config.image.field)
+        if not isinstance(picture, str):
+            return None
+        if config.slide_location(data) == picture:
+            return result.bag.slide_size  # the slide is a plain image, shown as it is
+        with self._lock:
+            if picture in self._sizes:
+                return self._sizes[picture]
+        size = self._measure(picture)
+        with self._lock:
+            self._sizes[picture] = size
+            while len(self._sizes) > 10_000:
+                self._sizes.popitem(last=False)
+        return size
+
+    def _measure(self, picture: str) -> tuple[int, int]:
+        ours = _THUMBNAIL_PATH.fullmatch(urlsplit(picture).path)
+        if ours:
+            thumbnail = self._services.thumbnails.get(ours.group(1))
+            if thumbnail is None:
+                raise SlideNotFound(
+                    f"The picture {picture} is not among this backend's thumbnails.",
+                    hint="Run `wsc-backend import` again, with the same MODEL_DIR.",
+                )
+            return thumbnail.width, thumbnail.height
+        (path,) = self._services.resolver.fetch(self._services.resolver.resolve(picture))
+        return image_size(path, self._services.settings)  # as a browser turns it

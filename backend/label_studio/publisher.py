@@ -1,0 +1,110 @@
+"""Pushing a finished prediction into Label Studio, once, however often it is tried."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from functools import lru_cache
+
+from redis import Redis
+
+from backend.errors import LabelStudioUnreachable, ResultNotFound
+from backend.jobs.pushes import note_push
+from backend.jobs.queue import BagRequest, WaitingTask
+from backend.label_studio.answers import Answers, slide_ref
+from backend.label_studio.client import Pushed, TaskGone
+from backend.label_studio.labeling_config import parse_config
+from backend.label_studio.predictor import CLAIM_TTL_S
+from backend.label_studio.services import Services
+from backend.settings import Settings
+from backend.slides.source import SlideRef
+
+log = logging.getLogger(__name__)
+
+_CLAIM_WAIT_S = 3.0
+_CLAIM_PAUSE_S = 0.25
+
+
+class TaskBusy(LabelStudioUnreachable):
+    """An answer to /predict for the same task is on its way; pushing now could store it twice."""
+
+    code = "task_busy"
+
+
+def publish(settings: Settings, redis: Redis, key: str, waiting: WaitingTask) -> Pushed | None:
+    """:func:`push` for a worker process, which has settings and a Redis connection."""
+    return push(_services_of(settings, redis), key, waiting)
+
+
+@lru_cache(maxsize=2)
+def _services_of(settings: Settings, redis: Redis) -> Services:
+    return Services(settings, redis)
+
+
+@lru_cache(maxsize=2)
+def _answers_of(services: Services) -> Answers:
+    return Answers(services)
+
+
+def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
+    """Push the prediction of one task. Returns what was done, ``None`` if the task no longer exists.
+
+    It takes the same claim as an answer to /predict, so that the two never store the same prediction twice.
+
+    Raises
+    ------
+    ResultNotFound
+        The stored result is gone or damaged; the slide has to be analysed again.
+    LabelStudioUnreachable, TaskBusy
+        Label Studio is away, or the task is being answered: try again later.
+    """
+    if waiting.model_version != services.model.model_version:
+        log.info("task %d: %s is no longer the model version, not pushed", waiting.task, waiting.model_version)
+        return None
+    if not _claim(services, waiting):
+        raise TaskBusy(f"Task {waiting.task} is being answered by someone else.", hint="It is tried again by itself.")
+    try:
+        # As they are now: since the question, a control may have been renamed, or the task given another slide.
+        data = services.client.task(waiting.task)
+        label_config = services.client.label_config(waiting.project)
+        ref = slide_ref(services, parse_config(label_config), data)
+        if services.key(ref) != key:
+            log.info("task %d has another slide by now, which is analysed instead", waiting.task)
+            services.queue.release_claim(waiting.project, waiting.task, waiting.model_version)
+            _ask_anew(services, ref, replace(waiting, label_config=label_config))
+            return None
+        prediction = _answers_of(services).prediction(key, data, label_config)
+        if prediction is None:
+            raise ResultNotFound(f"The result {key} of task {waiting.task} is gone.", hint="Open the task again.")
+        pushed = services.client.push_prediction(waiting.task, prediction)
+    except TaskGone:
+        log.info("task %d was deleted in Label Studio, nothing to push", waiting.task)
+        return None
+    except BaseException:
+        services.queue.release_claim(waiting.project, waiting.task, waiting.model_version)
+        raise
+    if pushed != "kept":
+        # A panel that is open beside the task offers to reload it.
+        note_push(services.queue, key, waiting.project, waiting.task)
+    # The claim is left to run out: a question that Label Studio asked before it had this prediction may arrive just now.
+    log.info("task %d: prediction %s (%d regions)", waiting.task, pushed, len(prediction["result"]))
+    return pushed
+
+
+def _ask_anew(services: Services, ref: SlideRef, waiting: WaitingTask) -> None:
+    request = BagRequest(services.key(ref), ref.to_json())
+    if services.store.has(request.key):
+        services.queue.put_back_waiting(request.key, [waiting])
+        services.queue.enqueue_publish(request.key)
+    else:
+        services.queue.submit(request, priority="batch", waiting=waiting)
+
+
+def _claim(services: Services, waiting: WaitingTask) -> bool:
+    deadline = time.monotonic() + _CLAIM_WAIT_S
+    while not services.queue.claim_answer(waiting.project, waiting.task, waiting.model_version, CLAIM_TTL_S):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_CLAIM_PAUSE_S)
+    return True

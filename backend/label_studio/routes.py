@@ -1,0 +1,127 @@
+"""The HTTP protocol that Label Studio speaks with a backend: /health /setup /predict /webhook /versions."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from typing import Annotated, Any
+
+import anyio
+import anyio.to_thread
+from fastapi import APIRouter, Depends, Header, HTTPException
+from pydantic import BaseModel, ConfigDict, Field
+
+from backend import __version__
+from backend.errors import RequestInvalid
+from backend.label_studio.labeling_config import parse_config
+from backend.label_studio.model import WholeSlideBackend
+from backend.label_studio.predictor import project_id
+from backend.label_studio.services import Services
+
+log = logging.getLogger(__name__)
+
+WEBHOOK_SECRET_HEADER = "X-WSC-Webhook-Secret"
+# Each waiting /predict holds a thread; /health and /setup must be answered within a second all the same.
+_PREDICT_THREADS = 64
+
+
+class PredictRequest(BaseModel):
+    """Body of /predict."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tasks: list[dict[str, Any]] = Field(description="Tasks as Label Studio serialises them: at least id and data.")
+    project: str | int | None = Field(None, description="Project as `id.created`, such as `1.1795461014`.")
+    label_config: str | None = Field(None, description="The project's labelling config, XML.")
+    params: dict[str, Any] | None = Field(None, description="login, password, context (for smart tools).")
+
+
+class PredictResponse(BaseModel):
+    """Answer of /predict."""
+
+    results: list[dict[str, Any] | list[Any]] = Field(
+        description="One slot a task: a prediction, or `[]` while its slide is being analysed (it is pushed later)."
+    )
+    model_version: str
+
+
+class SetupRequest(BaseModel):
+    """Body of /setup."""
+
+    model_config = ConfigDict(extra="allow")
+
+    project: str | int | None = None
+    label_config: str | None = Field(None, alias="schema")
+    hostname: str | None = None
+    access_token: str | None = None
+    extra_params: Any = None
+
+
+class WebhookRequest(BaseModel):
+    """Body of /webhook."""
+
+    model_config = ConfigDict(extra="allow")
+
+    action: str
+    project: dict[str, Any] | None = None
+
+
+def label_studio_router(services: Services, require_user: Any) -> APIRouter:
+    """The protocol's routes. ``require_user`` is the dependency that checks basic authentication."""
+    router = APIRouter(tags=["Label Studio"])
+    backend = WholeSlideBackend(services=services)
+    limiter = anyio.CapacityLimiter(_PREDICT_THREADS)
+    user = [Depends(require_user)]
+
+    @router.get("/health", dependencies=user)
+    async def health() -> dict[str, str]:
+        """Whether the backend is up; asked before every prediction."""
+        return {
+            "status": "UP",
+            "model_class": "WholeSlideBackend",
+            "model_version": services.model.model_version,
+            "version": __version__,
+        }
+
+    @router.post("/setup", dependencies=user)
+    async def setup(body: SetupRequest) -> dict[str, str]:
+        """States the model version; refuses a labelling config that has nothing to fill, and says what to add."""
+        if body.label_config:
+            parse_config(body.label_config)
+        return {"model_version": services.model.model_version}
+
+    @router.post("/predict", dependencies=user)
+    async def predict(body: PredictRequest) -> PredictResponse:
+        """Predictions of finished slides; `[]` for those that are being analysed."""
+        context = (body.params or {}).get("context")
+        if context is not None and not isinstance(context, dict):
+            raise RequestInvalid(
+                "params.context is no object.", hint="It is null, or {'result': [regions]} of a smart tool."
+            )
+        number = project_id(body.project, body.tasks)
+        results = await anyio.to_thread.run_sync(
+            lambda: backend.predict(
+                body.tasks, context=context, project=body.project, label_config=body.label_config or ""
+            ),
+            limiter=limiter,
+        )
+        log.info("predict: project %s, %d tasks, %d answered", number, len(results), sum(bool(r) for r in results))
+        return PredictResponse(results=results, model_version=services.model.model_version)
+
+    @router.post("/webhook")
+    async def webhook(
+        body: WebhookRequest, secret: Annotated[str | None, Header(alias=WEBHOOK_SECRET_HEADER)] = None
+    ) -> dict[str, str]:
+        """Takes note of an event. Label Studio sends no basic authentication here: a secret header protects it."""
+        wanted = services.settings.webhook_secret.get_secret_value()
+        if wanted and not hmac.compare_digest((secret or "").encode(), wanted.encode()):
+            raise HTTPException(401, f"The header {WEBHOOK_SECRET_HEADER} is missing or wrong.")
+        log.info("webhook: %s of project %s", body.action, (body.project or {}).get("id"))
+        return {"status": "received", "action": body.action}
+
+    @router.get("/versions", dependencies=user)
+    async def versions() -> dict[str, list[str]]:
+        """The model versions that can be chosen."""
+        return {"versions": [services.model.model_version]}
+
+    return router

@@ -1,0 +1,43 @@
+"""What was done with a slide, in a few lines that an annotator reads beside it."""
+
+from __future__ import annotations
+
+from backend.results.bag import BagResult, MppSource
+from backend.results.ranks import hottest_first
+
+_TOP = 10
+_SMALL_BAG = 40  # in which ten tiles would be a large part anyway: there the highest one is told
+_MPP_SOURCES: dict[MppSource, str] = {
+    "slide": "from the slide's file",
+    "task": "stated by the task",
+    "default": "assumed, by the setting DEFAULT_MPP",
+    "none": "unknown",
+}
+
+
+def summary_text(result: BagResult, model_version: str) -> str:
+    """Lines of plain text: what was analysed, how concentrated attention is, which model, and what it is not for."""
+    bag, n = result.bag, len(result.bag)
+    attention = result.mean_attention[hottest_first(result.mean_attention)]
+    if bag.kind == "patches":
+        one, many = "patch", "patches"
+        lines = [f"{n} patches analysed, as given."]
+    else:
+        one, many = "tile", "tiles"
+        lines = [
+            f"{n} tiles of tissue analysed ({bag.tile_px} px at {bag.tile_mpp:g} µm/px).",
+            f"Slide scale: {bag.mpp:.4g} µm/px, {_MPP_SOURCES[bag.mpp_source]}.",
+        ]
+    if n >= _SMALL_BAG:
+        share, even = float(attention[:_TOP].sum()), _TOP / n
+        lines.append(
+            f"The {_TOP} {many} with the highest attention hold {share:.1%} of it ({even:.1%} if spread evenly)."
+        )
+    elif n > 1:
+        share, even = float(attention[0]), 1 / n
+        lines.append(f"The {one} with the highest attention holds {share:.1%} of it ({even:.1%} if spread evenly).")
+    lines.append(f"Model: {model_version}.")
+    if result.provenance.get("stand_in"):
+        lines.append("This is a stand-in model for trying things out: what it shows has no medical meaning.")
+    lines.append("Research use only, not for diagnosis.")
+    return "\n".join(lines)
