@@ -1,0 +1,1 @@
+"""The HTTP application: authentication, errors, metrics, pictures."""

@@ -1,0 +1,117 @@
+"""The FastAPI application: the Label Studio protocol, pictures and results, authentication, errors, metrics."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import Depends, FastAPI, Header, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from backend import __version__
+from backend.errors import BackendError
+from backend.label_studio.routes import label_studio_router
+from backend.label_studio.services import Services
+from backend.web.assets import PanelAssets
+from backend.web.body_limit import BodyLimit
+from backend.web.cors import PicturesForAll
+from backend.web.metrics import REQUESTS, SECONDS, render_metrics
+from backend.web.overview import OverviewData, overview_router
+from backend.web.panel_routes import Panel, panel_router
+from backend.web.results import results_router
+
+log = logging.getLogger(__name__)
+
+
+def create_app(services: Services) -> FastAPI:
+    """The application over ``services``. It imports neither torch nor mmm."""
+    settings = services.settings
+    assets, panel = PanelAssets(), Panel(services)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # Known before the first /health, which Label Studio gives one second.
+        version = (await anyio.to_thread.run_sync(lambda: services.model)).model_version
+        log.info("serving model %s", version)
+        yield
+        panel.slides.close()
+
+    app = FastAPI(
+        title="Whole-slide backend for Label Studio",
+        version=__version__,
+        description="Pre-annotates whole-slide images. Research use only, no diagnostic use.",
+        lifespan=lifespan,
+    )
+    app.add_middleware(PicturesForAll)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.include_router(label_studio_router(services, _basic_auth(services)))
+    app.include_router(results_router(services, _basic_auth(services)))
+    app.include_router(panel_router(panel, assets))
+    app.include_router(overview_router(services, OverviewData(services), panel.signer, assets, _basic_auth(services)))
+    app.include_router(assets.router())
+    app.state.panel = panel
+
+    @app.get("/metrics", tags=["operation"], dependencies=[Depends(_basic_auth(services))])
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        body, content_type = await anyio.to_thread.run_sync(lambda: render_metrics(services))
+        return Response(body, media_type=content_type)
+
+    @app.middleware("http")
+    async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        started = time.perf_counter()
+        response = await call_next(request)
+        route = getattr(request.scope.get("route"), "path", "other")
+        REQUESTS.labels(route, str(response.status_code)).inc()
+        SECONDS.labels(route).observe(time.perf_counter() - started)
+        return response
+
+    @app.exception_handler(BackendError)
+    async def backend_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, BackendError)
+        log.warning("%s %s: %s (%s)", request.method, request.url.path, error, error.code)
+        return JSONResponse({"detail": str(error), "error": error.as_dict()}, error.http_status)
+
+    @app.exception_handler(Exception)
+    async def defect(_: Request, error: Exception) -> JSONResponse:
+        # The traceback goes to the log by itself; the one who asked gets a sentence.
+        message = f"A defect of this backend: {type(error).__name__}. Its log has the traceback."
+        return JSONResponse({"detail": message, "error": {"code": "defect", "message": message, "hint": ""}}, 500)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid_request(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        log.warning("%s %s: %s", request.method, request.url.path, "; ".join(problems))
+        return JSONResponse({"detail": "; ".join(problems), "error": {"code": "request_invalid"}}, 400)
+
+    return app
+
+
+def _basic_auth(services: Services) -> Any:
+    """The dependency that checks basic authentication, where a user name is set."""
+    settings = services.settings
+    password = settings.basic_auth_pass.get_secret_value()
+    # Clients disagree on how other letters than ASCII are encoded in this header (RFC 7617): both ways are right.
+    wanted = [base64.b64encode(f"{settings.basic_auth_user}:{password}".encode())]
+    with contextlib.suppress(UnicodeEncodeError):
+        wanted.append(base64.b64encode(f"{settings.basic_auth_user}:{password}".encode("latin-1")))
+
+    async def require_user(authorization: Annotated[str | None, Header()] = None) -> None:
+        if not settings.basic_auth_user:
+            return
+        scheme, _, given = (authorization or "").partition(" ")
+        same = [hmac.compare_digest(given.strip().encode(), value) for value in wanted]
+        if scheme.lower() != "basic" or not any(same):
+            # 401, not 403: Label Studio has a message of its own for it.
+            raise HTTPException(401, "Wrong user name or password.", headers={"WWW-Authenticate": "Basic"})
+
+    return require_user

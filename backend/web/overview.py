@@ -1,0 +1,225 @@
+"""The overview of the backend, as a page and as JSON: queues, workers, jobs with their reasons, projects, the map of slides."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import HTMLResponse, RedirectResponse
+from pydantic import BaseModel, Field
+
+from backend.errors import BackendError, OriginRefused, ResultNotFound
+from backend.jobs.pushes import job_counts
+from backend.jobs.states import Status
+from backend.label_studio.services import Services
+from backend.results.bag import SLIDE_REF
+from backend.slides.source import SlideRef
+from backend.web.assets import PanelAssets, page_headers
+from backend.web.embedding_map import EmbeddingMap
+from backend.web.signing import SlideSigner
+
+PROJECTS_KEPT_S = 15.0
+"""Label Studio is not asked for its projects more often than this."""
+MAX_JOBS = 1000
+
+Limit = Annotated[int, Query(ge=1, le=MAX_JOBS, description="How many jobs to list.")]
+
+ProjectExtras = Callable[[int], Mapping[str, Any]]
+"""From a project's number to more members of its JSON: ``curve``, ``[{"labelled": int, "score": float, "model_version": str}, …]``."""
+
+
+class Worker(BaseModel):
+    """A worker that has shown a sign of life."""
+
+    name: str
+    device: str = Field(description="`cpu` or `cuda:N`.")
+    queues: list[str]
+    state: str
+    job: str | None = Field(description="Id of the job it runs.")
+    about: str = Field("", description="What that job is about, such as `analyse slide-1.tif`.")
+    heartbeat_age_s: float
+    pid: int
+    host: str
+    memory_bytes: int | None = Field(None, description="Main memory that it holds.")
+    device_memory_bytes: int | None = Field(None, description="Memory of its CUDA device that it holds.")
+
+
+class Job(BaseModel):
+    """A job: an analysis, or the push of one prediction."""
+
+    key: str
+    about: str
+    status: Status
+    queue: str
+    stage: str
+    done: int
+    total: int
+    tiles_per_s: float | None
+    position: int | None = Field(description="Place in its queue, 1 is next.")
+    error: dict[str, Any] | None = Field(description="code, message, hint, retryable.")
+    worker: str
+    device: str
+    enqueued_at: str | None
+    started_at: str | None
+    ended_at: str | None
+    panel: str | None = Field(None, description="Where to look at the slide, if the job is an analysis.")
+
+
+class Overview(BaseModel):
+    """What is going on."""
+
+    model_version: str
+    stand_in: bool = Field(description="Whether the model is the stand-in, which has no medical meaning.")
+    queues: dict[str, int] = Field(description="Jobs that lie in each queue.")
+    counts: dict[str, int] = Field(description="Jobs by status, all of them.")
+    jobs: list[Job] = Field(
+        description="The first of them: running, queued in order, then failed and finished, latest first."
+    )
+    workers: list[Worker]
+
+
+class Projects(BaseModel):
+    """The projects of Label Studio that this model's predictions count in."""
+
+    projects: list[dict[str, Any]] = Field(
+        description="id, title, url, tasks, labelled, predictions; `curve` if heads were trained."
+    )
+    problem: str = Field("", description="Why they are not known, if they are not.")
+
+
+class SlideMap(BaseModel):
+    """Every analysed slide in the plane of the two principal components of the embeddings."""
+
+    points: list[dict[str, Any]] = Field(
+        description="key, x, y, slide, tiles, url; label and confidence once heads exist."
+    )
+    explained: list[float] = Field(description="Part of the variance along x and along y.")
+    left_out: int = Field(description="Slides beyond the most that the map shows.")
+
+
+def no_project_extras(project: int) -> Mapping[str, Any]:  # noqa: ARG001
+    """Nothing more."""
+    return {}
+
+
+class OverviewData:
+    """What the overview's routes share."""
+
+    def __init__(self, services: Services, project_extras: ProjectExtras = no_project_extras) -> None:
+        self._services = services
+        self._extras = project_extras
+        self._projects: tuple[float, Projects] | None = None
+        self._lock = threading.Lock()
+        self.map = EmbeddingMap(services)
+
+    def overview(self, limit: int, status: Status | None) -> Overview:
+        """As the page shows it; raises :class:`~backend.errors.QueueUnavailable` where Redis does not answer."""
+        services = self._services
+        states = services.queue.jobs(limit, status)
+        workers = services.queue.workers()
+        running = services.queue.states([worker["job"] for worker in workers if worker["job"]])
+        return Overview(
+            model_version=services.model.model_version,
+            stand_in=services.model.stand_in,
+            queues=services.queue.depths(),
+            counts=job_counts(services.queue),
+            jobs=[
+                Job(
+                    **{name: value for name, value in state.as_dict().items() if name in Job.model_fields},
+                    panel=f"/slides/{state.key}" if state.queue in ("interactive", "batch") else None,
+                )
+                for state in states
+            ],
+            workers=[
+                Worker(**worker, about=running[worker["job"]].about if worker["job"] in running else "")
+                for worker in workers
+            ],
+        )
+
+    def projects(self) -> Projects:
+        """The projects, asked of Label Studio now or a moment ago."""
+        with self._lock:
+            now = time.monotonic()
+            if self._projects is None or now - self._projects[0] > PROJECTS_KEPT_S:
+                self._projects = (now, self._ask())
+            return self._projects[1]
+
+    def _ask(self) -> Projects:
+        services = self._services
+        try:
+            found = services.client.projects_of_version(services.model.model_version)
+        except BackendError as error:
+            return Projects(projects=[], problem=str(error))
+        base = services.settings.label_studio_browser_url
+        return Projects(
+            projects=[{**p, "url": f"{base}/projects/{p['id']}/data", **self._extras(int(p["id"]))} for p in found]
+        )
+
+    def slide_ref(self, key: str) -> SlideRef:
+        """Where the slide of a bag lies: from its stored result, or from its job.
+
+        Raises
+        ------
+        ResultNotFound
+            Neither says it.
+        """
+        result = self._services.store.get(key, latents=False)
+        text = result.provenance.get(SLIDE_REF) if result else None
+        if isinstance(text, str):
+            return SlideRef.from_json(json.loads(text))
+        request = self._services.queue.request(key)
+        if request is None:
+            raise ResultNotFound(
+                f"Where the slide of bag {key} lies is not known any more.",
+                hint="Open it from its task in Label Studio.",
+            )
+        return SlideRef.from_json(request.slide)
+
+
+def overview_router(
+    services: Services, data: OverviewData, signer: SlideSigner, assets: PanelAssets, require_user: Any
+) -> APIRouter:
+    """The overview's routes, all behind basic authentication where it is set."""
+    router = APIRouter(tags=["overview"], dependencies=[Depends(require_user)])
+    settings = services.settings
+
+    @router.get("/", response_class=HTMLResponse)
+    def page() -> HTMLResponse:
+        """The overview for people."""
+        return HTMLResponse(assets.page("overview.html"), headers=page_headers(settings))
+
+    @router.get("/api/overview")
+    def overview(limit: Limit = 100, status: Status | None = None) -> Overview:
+        """Queues, workers, jobs."""
+        return data.overview(limit, status)
+
+    @router.get("/api/projects")
+    def projects() -> Projects:
+        """The projects in Label Studio that this backend's model serves."""
+        return data.projects()
+
+    @router.get("/api/map")
+    def slide_map() -> SlideMap:
+        """The map of the slides that the current model has analysed."""
+        return SlideMap(**data.map.as_json())
+
+    @router.get("/slides/{key}", response_class=RedirectResponse, status_code=307)
+    def slide(key: str) -> RedirectResponse:
+        """To the panel of a bag's slide, under a signature made for it."""
+        return RedirectResponse(f"/panel?slide={signer.token(data.slide_ref(key))}")
+
+    @router.post("/api/jobs/{key}/retry")
+    def retry(key: str, request: Request, origin: Annotated[str | None, Header()] = None) -> dict[str, Any]:
+        """Run a failed job again, whatever it failed of."""
+        # A browser adds the password to any site's request; it also says which site that was.
+        ours = {request.headers.get("host", ""), urlsplit(settings.browser_url).netloc}
+        if origin is not None and urlsplit(origin).netloc not in ours:
+            raise OriginRefused(f"A page of {origin} may not do this.", hint="Use the overview of this backend.")
+        return services.queue.retry(key).as_dict()
+
+    return router

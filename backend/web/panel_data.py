@@ -1,0 +1,138 @@
+"""What the panel is told of a slide and of its result: JSON of a few hundred bytes, and one block of numbers for the overlay."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from backend.errors import MppUnknown
+from backend.label_studio.services import Services
+from backend.results.bag import BagResult
+from backend.slides.reader import Slide
+from backend.slides.render import overlay
+from backend.slides.source import SlideRef
+from backend.slides.tiling import slide_mpp
+from backend.web.deepzoom import OVERLAP_PX, TILE_PX
+
+HEATMAP_PX = 1600
+_KEPT_RESULTS = 16
+
+Extras = Callable[[str, BagResult | None], Mapping[str, Any]]
+"""From a bag key and its result, if there is one, to more members of the panel's JSON.
+
+``suggestion``: ``{"choices": [{"label": str, "confidence": float}, …], "model_version": str}``, the most confident first, confidence in
+[0, 1]. ``similar``: ``[{"name": str, "label": str, "similarity": float, "panel": str, "picture": str}, …]``, the nearest first;
+``panel`` and ``picture`` are addresses. The page shows what is there and nothing in place of what is not.
+"""
+
+
+def no_extras(key: str, result: BagResult | None) -> Mapping[str, Any]:  # noqa: ARG001
+    """Nothing more."""
+    return {}
+
+
+class ShownResults:
+    """The results that panels show, without latents; the last few are remembered."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._kept: OrderedDict[str, BagResult] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> BagResult | None:
+        """The stored result, ``None`` if there is none."""
+        with self._lock:
+            found = self._kept.get(key)
+            if found is not None:
+                self._kept.move_to_end(key)
+                return found
+        found = self._services.store.get(key, latents=False)
+        if found is not None:
+            with self._lock:
+                self._kept[key] = found
+                while len(self._kept) > _KEPT_RESULTS:
+                    self._kept.popitem(last=False)
+        return found
+
+
+def slide_name(ref: SlideRef) -> str:
+    """The file name of a slide, for people."""
+    return PurePosixPath(urlsplit(ref.locations[0]).path).name or ref.locations[0]
+
+
+def slide_json(ref: SlideRef, slide: Slide, services: Services) -> dict[str, Any]:
+    """Size and scale of an open slide: ``name``, ``width`` and ``height`` (level-0 pixels), ``mpp`` (µm per pixel or ``None``), ``mpp_source``,
+    and how it is cut."""
+    try:
+        mpp, source = slide_mpp(slide, services.settings, task_mpp=ref.mpp)
+    except MppUnknown:
+        # It can be looked at all the same, without a scale bar; that it cannot be analysed is said by its job.
+        mpp, source = None, None
+    return {
+        "name": slide_name(ref),
+        "width": slide.size[0],
+        "height": slide.size[1],
+        "mpp": mpp,
+        "mpp_source": source,
+        "tile_px": TILE_PX,
+        "overlap_px": OVERLAP_PX,
+    }
+
+
+def result_json(result: BagResult) -> dict[str, Any]:
+    """What the overlay needs beside :func:`weights_block`: ``tiles``, ``heads``, ``columns``, ``rows``, ``tile_size`` (level-0 px), model."""
+    provenance = result.provenance
+    return {
+        "tiles": len(result.bag),
+        "heads": int(result.attention_logits.shape[1]),
+        "columns": result.bag.grid_size[0],
+        "rows": result.bag.grid_size[1],
+        "tile_size": result.bag.tile_size_level0,
+        "tile_um": result.bag.tile_size_level0 * result.bag.mpp,
+        "model_version": provenance.get("model_version"),
+        "stand_in": bool(provenance.get("stand_in")),
+    }
+
+
+def weights_block(result: BagResult) -> bytes:
+    """Tiles and weights for the overlay, little-endian.
+
+    int32 (N,) columns, int32 (N,) rows, then float32 (1 + H, N): the mean over the heads, and each head; the attention weights
+    themselves (they sum to 1 in each row).
+    """
+    grid = np.ascontiguousarray(result.bag.grid.T.astype("<i4"))
+    weights = np.concatenate([result.mean_attention[None], result.attention.T]).astype("<f4")
+    return grid.tobytes() + weights.tobytes()
+
+
+def heatmap_picture(slide: Slide, result: BagResult | None) -> bytes:
+    """The whole slide with its heatmap and legend, JPEG; without a result the slide and a line that says so.
+
+    For labelling configs that show it as a second image: one that cannot be loaded would keep their whole task from opening.
+    """
+    picture = Image.fromarray(slide.overview(HEATMAP_PX))
+    shown = (
+        overlay(picture, result)
+        if result is not None
+        else _with_caption(picture, "Not analysed yet: reload the task later.")
+    )
+    buffer = io.BytesIO()
+    shown.save(buffer, "JPEG", quality=88)
+    return buffer.getvalue()
+
+
+def _with_caption(picture: Image.Image, text: str) -> Image.Image:
+    size = max(12, picture.width // 50)
+    canvas = Image.new("RGB", (picture.width, picture.height + 2 * size), "white")
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    draw.text((size // 2, picture.height + size // 2), text, fill=(40, 40, 40), font=ImageFont.load_default(size))
+    return canvas
