@@ -1,0 +1,382 @@
+"""The command ``wsc-backend``: reads arguments, calls :mod:`backend.commands` and :mod:`backend.demo`, prints what they say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from backend import __version__
+from backend.errors import BackendError, LicenceNotAccepted
+from backend.logs import configure_logging
+from backend.settings import Settings, licence_accepted, load_settings
+
+app = typer.Typer(
+    name="wsc-backend",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Whole-slide images in Label Studio: attention heatmaps and slide embeddings by Whole Slide Concepts. "
+    "**Research use only, no diagnostic use.**\n\n"
+    "Settings come from environment variables; `wsc-backend settings` lists them, `wsc-backend doctor` checks them.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+Slides = Annotated[
+    list[Path], typer.Argument(help="Slide files, or folders that are searched for slides.", show_default=False)
+]
+Mpp = Annotated[
+    float | None,
+    typer.Option("--mpp", help="µm per pixel of slides that do not say.", min=0.05, max=5.0, show_default=False),
+]
+
+
+def main() -> None:
+    """Entry point: a deliberate error is one message and exit status 2, Ctrl-C is 130; anything else is a traceback."""
+    try:
+        app()
+    except BackendError as error:
+        errors.print(f"[bold red]{type(error).__name__}[/]: {error.message}", highlight=False)
+        if error.hint:
+            errors.print(error.hint, highlight=False, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Where the demo keeps its data; used again by the next run.")
+    ] = Path("demo-data"),
+    slides: Annotated[
+        Path | None, typer.Option(envvar="SLIDES", help="A folder with your own slides.", show_default=False)
+    ] = None,
+    label_studio_venv: Annotated[
+        Path,
+        typer.Option(envvar="LABEL_STUDIO_VENV", help="Virtual environment of Label Studio; made if it is not there."),
+    ] = Path(".venv-label-studio"),
+    label_studio_port: Annotated[
+        int, typer.Option(help="Port of Label Studio; another is taken if it is in use.")
+    ] = 8080,
+    once: Annotated[
+        bool, typer.Option("--once", help="End when every slide is pre-annotated, instead of waiting for Ctrl-C.")
+    ] = False,
+) -> None:
+    """Start everything on this machine and print the address to open: Label Studio, Redis, workers, backend, slides."""
+    from backend.demo.run import running_demo, watch
+
+    _stop_on_sigterm()
+    _log_to_file(folder / "demo.log")
+
+    def say(line: str) -> None:
+        console.print(f"[dim]·[/] {line}", highlight=False)
+
+    with running_demo(
+        folder,
+        label_studio_venv=label_studio_venv.absolute(),
+        slides=slides if slides and str(slides) else None,
+        label_studio_port=label_studio_port,
+        say=say,
+    ) as running:
+        console.print()
+        console.print(f"  Open      [bold]{running.imported.url}[/]", highlight=False)
+        console.print(f"  log in    {running.username}  /  {running.password}", highlight=False, markup=False)
+        console.print(f"  backend   {running.backend_url}   log: {folder / 'demo.log'}", highlight=False)
+        if running.services.model.stand_in:
+            console.print(
+                "  [yellow]stand-in model: what it marks has no medical meaning. Give your own: MODEL=/path/…pt.zip[/]"
+            )
+        console.print("  Research use only, no diagnostic use.  Ctrl-C ends everything.\n")
+        watch(running, say)
+        if not once:
+            say("All slides are done. Ctrl-C ends the demo.")
+            threading.Event().wait()
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on (HOST).", show_default=False)] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on (PORT).", show_default=False)] = None,
+    with_workers: Annotated[
+        bool, typer.Option("--with-workers", help="Start the workers of this machine as well.")
+    ] = False,
+) -> None:
+    """Serve the protocol of Label Studio. Slides are analysed by `wsc-backend workers`, here or on other machines."""
+    from backend.jobs.pool import WorkerPool
+    from backend.label_studio.services import Services
+    from backend.web.server import bind, make_server
+
+    settings = load_settings(**{k: v for k, v in (("host", host), ("port", port)) if v is not None})
+    configure_logging(settings.log_level, "serve")
+    with ExitStack() as stack:
+        listener = bind(settings.host, settings.port)
+        stack.callback(listener.close)
+        _embedded_redis(stack, settings)
+        if with_workers:
+            _need_licence()
+            pool = WorkerPool(settings)
+            stack.callback(pool.stop)
+            pool.start()
+        services = Services(settings)
+        console.print(
+            f"Model {services.model.model_version}; listening on http://{settings.host}:{listener.getsockname()[1]}"
+        )
+        make_server(services).run([listener])
+
+
+@app.command()
+def workers(
+    devices: Annotated[
+        str | None, typer.Option(help="auto, cpu, or a list such as cuda:0,cuda:1 (DEVICES).", show_default=False)
+    ] = None,
+) -> None:
+    """Analyse queued slides: one process on each device, restarted when it dies. Ctrl-C lets running slides finish."""
+    from backend.jobs.pool import WorkerPool
+
+    _need_licence()
+    _stop_on_sigterm()
+    settings = load_settings(**({"devices": devices} if devices else {}))
+    configure_logging(settings.log_level, "workers")
+    with ExitStack() as stack:
+        _embedded_redis(stack, settings)
+        pool = WorkerPool(settings)
+        stack.callback(pool.stop)
+        pool.start()
+        console.print(f"Workers on {', '.join(pool.devices)}")
+        threading.Event().wait()
+
+
+@app.command("import")
+def import_(
+    slides: Slides,
+    project: Annotated[
+        str, typer.Option("--project", "-p", help="Title or number of the Label Studio project; created if new.")
+    ] = "Whole slides",
+    template: Annotated[
+        str,
+        typer.Option(
+            help="Labelling config of a new project: triage, regions, plain (no frame inside the page) or bands."
+        ),
+    ] = "triage",
+    mpp: Mpp = None,
+    backend_url: Annotated[
+        str,
+        typer.Option(
+            help="Address under which Label Studio reaches this backend, if not PUBLIC_URL.", show_default=False
+        ),
+    ] = "",
+    retrieve: Annotated[bool, typer.Option(help="Start pre-labelling right away.")] = True,
+) -> None:
+    """Make slides tasks of a Label Studio project, connect this backend, start pre-labelling. Again adds only new slides."""
+    from backend.commands.import_slides import import_slides
+    from backend.label_studio.services import Services
+    from backend.slides.discover import find_slides
+
+    settings = load_settings()
+    configure_logging(settings.log_level, "import")
+    done = import_slides(
+        Services(settings),
+        find_slides(slides),
+        project=project,
+        template=template,
+        mpp=mpp,
+        backend_url=backend_url,
+        retrieve=retrieve,
+        say=lambda line: console.print(line, highlight=False),
+    )
+    console.print(
+        f"{len(done.added)} slides added, {len(done.present)} were there already, {len(done.refused)} refused"
+    )
+    console.print(f"Open {done.url}", highlight=False)
+    if done.refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    slides: Slides,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, one subfolder a slide.")],
+    mpp: Mpp = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath."""
+    from backend.commands.predict import predict_files
+    from backend.inference.engine import load_engine
+    from backend.jobs.devices import devices_from
+    from backend.slides.discover import find_slides
+
+    _need_licence()
+    settings = load_settings()
+    configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "predict")
+    found = find_slides(slides)
+    with console.status("Loading the model"):
+        engine = load_engine(settings, device or devices_from(settings.devices)[0])
+    if engine.identity.stand_in:
+        console.print("[yellow]MODEL is not set: this is the stand-in model, its results have no medical meaning.[/]")
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[counted]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("", counted="", total=None)
+
+        def on_slide(number: int, slide: Path) -> None:
+            bar.reset(task, description=f"[{number + 1}/{len(found)}] {slide.name}", total=None, counted="")
+
+        def progress(stage: str, done: int, total: int) -> None:
+            counted = f"{stage} {done}/{total} tiles" if total else stage
+            bar.update(task, completed=done, total=total or None, counted=counted)
+
+        outcomes = predict_files(found, out, settings, engine, mpp=mpp, on_slide=on_slide, progress=progress)
+        bar.update(task, visible=False)
+    table = Table("slide", "tiles", "µm/px", "written to")
+    for outcome in outcomes:
+        if outcome.result is not None:
+            bag = outcome.result.bag
+            table.add_row(outcome.slide.name, str(len(bag)), f"{bag.mpp:.4f} ({bag.mpp_source})", str(outcome.folder))
+        else:
+            table.add_row(outcome.slide.name, "–", "–", f"[red]{outcome.error}[/]")
+    console.print(table)
+    if any(outcome.error for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    slides: Annotated[list[Path] | None, typer.Argument(help="Slides to look at.", show_default=False)] = None,
+    mpp: Mpp = None,
+) -> None:
+    """Check licence, checkpoint, devices, Redis, workers, Label Studio and slides; say what is missing and what to do."""
+    from backend.commands.doctor import examine
+
+    signs = {"ok": "[green]ok[/]", "warning": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
+    table = Table(show_header=False, box=None, padding=(0, 1))
+    problems = 0
+    with console.status("Looking around"):
+        for finding in examine(load_settings(), slides or [], mpp):
+            problems += finding.verdict == "problem"
+            table.add_row(signs[finding.verdict], finding.subject, finding.text)
+    console.print(table)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    only: Annotated[
+        str,
+        typer.Option(
+            help="Some of encoder, numerics, decode, slide, answers, pictures, growth, start; separated by commas.",
+            show_default=False,
+        ),
+    ] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: about a minute or two in all.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write the figures and the machine as JSON.", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure this machine: encoder, numerics, decoding, slides, answers, pictures, growth, start. Run it alone on an idle machine."""
+    from backend.bench.report import machine, save, table
+    from backend.commands.bench import chosen, run_benchmarks
+    from backend.jobs.devices import devices_from
+
+    names = chosen(only)
+    _need_licence()
+    settings = load_settings()
+    configure_logging("WARNING", "bench")
+    device = device or devices_from(settings.devices)[0]
+    facts = machine(device)
+    with console.status("") as status:
+        figures = run_benchmarks(
+            names,
+            settings,
+            device,
+            "quick" if quick else "full",
+            on_start=lambda name: status.update(f"Measuring: {name}"),
+        )
+    console.print(table(figures, facts))
+    if out is not None:
+        save(out, figures, facts)
+        console.print(f"Written to {out}", highlight=False)
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for learning-curves.png and learning-curves.json.")],
+    seeds: Annotated[int, typer.Option(help="How often each strategy is replayed.", min=1, max=100)] = 10,
+    quick: Annotated[bool, typer.Option("--quick", help="Few labels and seeds: seconds instead of minutes.")] = False,
+) -> None:
+    """Replay labelling on sets with known labels: learning curves of random, uncertainty, and our order of slides."""
+    from backend.learning.simulate import simulate as replay
+    from backend.learning.simulate import write_report
+
+    with console.status("Replaying") as status:
+        picture, table = write_report(replay(seeds=seeds, quick=quick, progress=status.update), out)
+    console.print(f"Written: {picture}, {table}", highlight=False)
+
+
+@app.command("settings")
+def settings_() -> None:
+    """List every setting: variable, default, meaning."""
+    from rich.markdown import Markdown
+
+    from backend.settings import settings_table
+
+    console.print(Markdown(settings_table()))
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the release and end.")] = False) -> None:
+    if version:
+        console.print(__version__)
+        raise typer.Exit
+
+
+def _need_licence() -> None:
+    if not licence_accepted():
+        raise LicenceNotAccepted
+
+
+def _stop_on_sigterm() -> None:
+    def end(_: int, __: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _embedded_redis(stack: ExitStack, settings: Settings) -> None:
+    from backend.jobs.redis_server import EmbeddedRedis
+
+    if not settings.redis_url.get_secret_value():
+        stack.enter_context(EmbeddedRedis(settings.model_dir))
+
+
+def _log_to_file(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The screen is for the person; what the processes log goes to a file, which the worker processes inherit.
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    keep = os.dup(2)
+    os.dup2(log, 2)
+    errors.file = os.fdopen(keep, "w", buffering=1)
+    configure_logging(load_settings().log_level, "demo")

@@ -1,0 +1,1 @@
+"""What the commands of ``wsc-backend`` do; :mod:`backend.cli` only reads their arguments."""
