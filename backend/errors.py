@@ -250,13 +250,6 @@ class WorkerDied(BackendError):
     code = "worker_died"
 
 
-class TrainingUnavailable(BackendError):
-    """Heads cannot be trained yet."""
-
-    code = "training_unavailable"
-    http_status = 501
-
-
 class EmbeddingInvalid(BackendError):
     """An embedding or latent that is to teach, or to be judged, is not a finite vector; the message names it."""
 

@@ -153,6 +153,14 @@ class Settings(BaseSettings):
         30.0, ge=0, le=86_400, description="Training starts so long after the last new annotation, in seconds."
     )
 
+    rank_tasks: bool = Field(
+        True,
+        description="Write `priority`, `novelty` and `confidence` into the tasks' data, for sorting in the Data Manager.",
+    )
+    keep_old_predictions: bool = Field(
+        False, description="Keep this backend's predictions of earlier model versions in Label Studio."
+    )
+
     # --- Label Studio ---
     label_studio_url: str = Field("", description="Address of Label Studio, such as `http://localhost:8080`.")
     label_studio_public_url: str = Field(
@@ -179,7 +187,8 @@ class Settings(BaseSettings):
     )
     basic_auth_pass: SecretStr = Field(SecretStr(""), description="Password that Label Studio must send.")
     webhook_secret: SecretStr = Field(
-        SecretStr(""), description="If set, webhooks must carry it in the header `X-WSC-Webhook-Secret`."
+        SecretStr(""),
+        description="What webhooks must carry in the header `X-WSC-Webhook-Secret`. Empty: a secret made once and kept in `MODEL_DIR`; `import` registers it.",
     )
     max_body_bytes: int = Field(64_000_000, ge=1000, description="Largest request body that is accepted, in bytes.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from backend.errors import BackendError, LabelStudioError, SourceRefused
+from backend.label_studio.events import WEBHOOK_SECRET_HEADER
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.services import Services
 from backend.slides.reader import open_slide
@@ -98,8 +99,10 @@ def import_slides(
         say(f"{slide.name}: thumbnail made")
     if tasks:
         client.import_tasks(number, tasks)
-    version = services.model.model_version
-    client.connect_backend(number, (backend_url or services.settings.browser_url).rstrip("/"), version)
+    version = services.versions.version(number)
+    url = (backend_url or services.settings.browser_url).rstrip("/")
+    client.connect_backend(number, url, version)
+    client.secure_webhook(number, f"{url}/webhook", WEBHOOK_SECRET_HEADER, services.webhook_secret)
     say(f"Connected this backend as {version}")
     if retrieve:
         client.retrieve_predictions(number)

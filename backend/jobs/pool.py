@@ -1,4 +1,4 @@
-"""One worker process for each device and one for publishing; started again when they die. Never imports torch."""
+"""One worker process for each device, one for publishing and one for training; started again when they die. Never imports torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 WORKER_COMMAND = (sys.executable, "-m", "backend.jobs.worker")
 ANALYSIS = "interactive,batch"
-PUBLISHING = "publish,train"
+PUBLISHING = "publish"
+TRAINING = "train"
 
 WATCH_EVERY_S = 0.2
 WATCHDOG_MARGIN_S = 60.0
@@ -104,7 +105,9 @@ class WorkerPool:
         self._folder = tempfile.TemporaryDirectory(prefix="wsc-workers-")
         folder = Path(self._folder.name)
         self._children = [_Child(d, d, ANALYSIS, folder / f"{d.replace(':', '')}.json") for d in self.devices]
+        # Two of them: a training takes seconds to minutes, and nobody's prediction should wait for it.
         self._children.append(_Child("publish", "cpu", PUBLISHING, folder / "publish.json"))
+        self._children.append(_Child("train", "cpu", TRAINING, folder / "train.json"))
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._supervisor = threading.Thread(target=self._supervise, name="worker-pool", daemon=True)

@@ -21,7 +21,7 @@ from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from backend.errors import JobNotFound, TrainingUnavailable
+from backend.errors import JobNotFound
 from backend.jobs import scripts
 from backend.jobs.queue_overview import QueueOverview, answers_or_unavailable
 from backend.jobs.redis_server import connect
@@ -32,6 +32,7 @@ from backend.jobs.states import (
     PUBLISH_BAG,
     PUBLISH_TASK,
     QUEUES,
+    TRAIN,
     BagRequest,
     JobState,
     Priority,
@@ -48,6 +49,7 @@ PUBLISH_TIMEOUT_S = 300
 PUBLISH_BACKOFF_CAP_S = 300
 SWEEP_AFTER_S = 60
 """Age from which a task that waits for a bag nobody computes is looked after."""
+TRAINING_PREFIX = "train-"
 _CHUNK = 500
 
 T = TypeVar("T")
@@ -138,7 +140,9 @@ class BagQueue(QueueOverview):
                 function, args = None, ()
             if function not in ALLOWED_FUNCTIONS:
                 raise JobNotFound(f"Job {key!r} is none of ours.", hint="It was put into Redis by something else.")
-            if function == ANALYSE:
+            if function == TRAIN:
+                again = self.training_job(int(args[0]))
+            elif function == ANALYSE:
                 again = self._analysis(BagRequest.from_json(args[0]), "interactive")
             else:
                 again = self._publishing(function, args, key)
@@ -246,7 +250,7 @@ class BagQueue(QueueOverview):
                 pipeline.zadd(scripts.WAITING_INDEX, {key: int(time.time())}, nx=True)
                 pipeline.execute()
 
-    # --- publishing and training ------------------------------------------------------------------------------------
+    # --- publishing ------------------------------------------------------------------------------------
 
     @answers_or_unavailable
     def enqueue_publish(self, key: str, *, delay_s: int = 0) -> None:
@@ -262,7 +266,7 @@ class BagQueue(QueueOverview):
         moved = []
         for task in self.waiting(key):
             job = self._publishing(PUBLISH_TASK, (key, task.to_json()), publish_id(key, task))
-            args = [key, task.id, task.to_text(), job.id, job.origin, *_fields(job)]
+            args = [key, task.id, task.to_text(), job.id, job.origin, *job_fields(job)]
             if self._move(keys=[scripts.waiting_key(key)], args=args):
                 moved.append(task)
         return moved
@@ -283,19 +287,12 @@ class BagQueue(QueueOverview):
                     swept.append(key)
         return swept
 
-    def enqueue_train(self, project: int) -> None:
-        """Heads cannot be trained yet: says so, loudly."""
-        raise TrainingUnavailable(
-            f"Project {project}: this release does not train heads on annotations yet.",
-            hint="Annotations are kept in Label Studio; nothing is lost.",
-        )
-
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _analysis(self, request: BagRequest, queue: str) -> Job:
         settings = self.settings
         # The first retry comes at once: it is the answer to a killed worker. Later ones give a remote store time to come back.
-        return self._job(
+        return self.make_job(
             queue,
             ANALYSE,
             (request.to_json(),),
@@ -311,9 +308,26 @@ class BagQueue(QueueOverview):
         about = f"push what waits for {job_id.removeprefix('publish-')}"
         if function == PUBLISH_TASK:
             about = f"push task {args[1]['task']} of project {args[1]['project']}"
-        return self._job("publish", function, args, job_id, timeout=PUBLISH_TIMEOUT_S, intervals=intervals, about=about)
+        return self.make_job(
+            "publish", function, args, job_id, timeout=PUBLISH_TIMEOUT_S, intervals=intervals, about=about
+        )
 
-    def _job(
+    def training_job(self, project: int) -> Job:
+        """The job that trains a project, not yet in Redis."""
+        # A Label Studio that is away is waited for as long as with a push.
+        intervals = backoff(5, 2, PUBLISH_BACKOFF_CAP_S, self.settings.publish_retries)
+        timeout = self.settings.job_timeout_s
+        return self.make_job(
+            "train",
+            TRAIN,
+            (project,),
+            training_id(project),
+            timeout=timeout,
+            intervals=intervals,
+            about=f"train project {project}",
+        )
+
+    def make_job(
         self,
         queue: str,
         function: str,
@@ -324,6 +338,7 @@ class BagQueue(QueueOverview):
         intervals: list[int],
         about: str,
     ) -> Job:
+        """A job as our workers take them, not yet in Redis. Seconds: ``timeout``, and ``intervals`` before each retry."""
         job = self._queues[queue].create_job(
             function,
             args=args,
@@ -341,7 +356,7 @@ class BagQueue(QueueOverview):
         field, value = (waiting.id, waiting.to_text()) if waiting is not None else ("", "")
         return self._submit(
             keys=[scripts.waiting_key(job.id)],
-            args=[job.id, job.origin, field, value, int(force), delay_s, *_fields(job)],
+            args=[job.id, job.origin, field, value, int(force), delay_s, *job_fields(job)],
             client=client,
         )
 
@@ -381,7 +396,13 @@ def publish_id(key: str, task: WaitingTask) -> str:
     return f"publish-{task.project}-{task.task}-{version}-{key[:12]}-{exact}"
 
 
-def _fields(job: Job) -> list[Any]:
+def training_id(project: int) -> str:
+    """Id of the job that trains a project."""
+    return f"{TRAINING_PREFIX}{project}"
+
+
+def job_fields(job: Job) -> list[Any]:
+    """Names and values of a job's Redis hash, one after the other."""
     return [item for name, value in job.to_dict().items() if value is not None for item in (name, value)]
 
 

@@ -28,9 +28,18 @@ def answer_key(project: int, task: int, model_version: str) -> str:
     return f"wsc:answer:{project}:{task}:{model_version}"
 
 
-def maintenance_key(queue: str) -> str:
-    """Redis key that is held while a worker puts a queue in order."""
-    return f"wsc:maintenance:{queue}"
+TRAIN_AGAIN = "wsc:train:again"
+"""Set of the projects for which training was asked while one ran."""
+
+
+def training_key(project: int) -> str:
+    """Redis hash of what was asked of a project's next training: ``events``, and ``first`` (when, s)."""
+    return f"wsc:train:{project}"
+
+
+def config_key(project: int) -> str:
+    """Redis key of a project's labelling config as it was last seen."""
+    return f"wsc:config:{project}"
 
 
 _NAMES = f"""
@@ -102,6 +111,42 @@ if status and status ~= 'finished' and status ~= 'failed' and status ~= 'stopped
 end
 create(id, queue, ARGV[6], 7)
 return 'created'
+"""
+)
+
+REQUEST_TRAINING = (
+    _NAMES
+    + _CREATE
+    + f"""
+local AGAIN = '{TRAIN_AGAIN}'
+"""
+    + """
+-- Have a project trained: now, or some time after the last event. KEYS: hash of what was asked.
+-- ARGV: id, queue, project, events, events that are enough, delay (s, 0: now), longest delay (times the delay), then the job's fields.
+-- Returns 'scheduled', 'queued', or 'again' (it runs now, and will run once more).
+local id, queue, delay = ARGV[1], ARGV[2], tonumber(ARGV[6])
+local at = tonumber(redis.call('TIME')[1])
+local events = redis.call('HINCRBY', KEYS[1], 'events', ARGV[4])
+redis.call('HSETNX', KEYS[1], 'first', at)
+local latest = redis.call('HGET', KEYS[1], 'first') + ARGV[7] * delay
+if events >= tonumber(ARGV[5]) or latest <= at then delay = 0 end
+local status = status_of(id)
+if status == 'started' then
+    redis.call('SADD', AGAIN, ARGV[3])
+    return 'again'
+elseif status == 'queued' then
+    return status
+elseif status == 'scheduled' and delay == 0 then
+    redis.call('ZREM', SCHEDULED .. queue, id)
+    redis.call('HSET', JOB .. id, 'status', 'queued')
+    redis.call('RPUSH', QUEUE .. queue, id)
+    return 'queued'
+elseif status == 'scheduled' then
+    redis.call('ZADD', SCHEDULED .. queue, 'XX', math.ceil(math.min(at + delay, latest)), id)
+    return status
+end
+create(id, queue, math.ceil(delay), 8)
+return delay > 0 and 'scheduled' or 'queued'
 """
 )
 
@@ -206,16 +251,5 @@ for i = 2, #ARGV do
     end
 end
 return moved
-"""
-)
-
-GIVE_BACK = (
-    _NAMES
-    + """
--- Put a job that was interrupted back at the front of its queue. ARGV: id, queue, now as RQ writes it.
-if redis.call('HGET', JOB .. ARGV[1], 'status') ~= 'started' then return 0 end
-redis.call('HSET', JOB .. ARGV[1], 'status', 'queued', 'enqueued_at', ARGV[3], 'worker_name', '')
-redis.call('LPUSH', QUEUE .. ARGV[2], ARGV[1])
-return 1
 """
 )

@@ -16,7 +16,8 @@ ANALYSIS_QUEUES = ("interactive", "batch")
 ANALYSE = "backend.jobs.tasks.analyse"
 PUBLISH_BAG = "backend.jobs.tasks.publish_bag"
 PUBLISH_TASK = "backend.jobs.tasks.publish_task"
-ALLOWED_FUNCTIONS = frozenset({ANALYSE, PUBLISH_BAG, PUBLISH_TASK})
+TRAIN = "backend.jobs.tasks.train"
+ALLOWED_FUNCTIONS = frozenset({ANALYSE, PUBLISH_BAG, PUBLISH_TASK, TRAIN})
 
 Priority = Literal["interactive", "batch"]
 Status = Literal["queued", "started", "finished", "failed"]

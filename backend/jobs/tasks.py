@@ -18,6 +18,7 @@ from rq import get_current_job
 from rq.job import Job
 
 from backend.jobs.queue import BagQueue, BagRequest, JobState, WaitingTask
+from backend.jobs.training import TrainingQueue
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,20 @@ def _analyse_ref(slide: dict[str, Any], **parts: Any) -> object:
         return analyse_ref(SlideRef.from_json(slide), resolver=resolver, **parts)
 
 
+class Trainer(Protocol):
+    """Trains one project; returns JSON values. ``progress(stage, done, total)`` may be called as often as it likes."""
+
+    def __call__(
+        self, settings: Settings, redis: Any, project: int, progress: Callable[[str, int, int], None]
+    ) -> dict[str, Any]: ...
+
+
+def _train(settings: Settings, redis: Any, project: int, progress: Callable[[str, int, int], None]) -> dict[str, Any]:
+    from backend.label_studio.trainer import train_project
+
+    return train_project(settings, redis, project, progress)
+
+
 def _publish(settings: Settings, redis: Any, key: str, waiting: WaitingTask) -> object:
     from backend.label_studio.publisher import publish
 
@@ -99,7 +114,7 @@ class WorkerContext:
         The device's name in the job list: ``cuda:3``, ``cpu``.
     engine_device
         The same device as this process sees it: ``cuda:0`` in a process that sees one only.
-    analyser, publisher, open_store, load_engine
+    analyser, publisher, trainer, open_store, load_engine
         The parts of other rooms, imported when first needed. A test puts small real computations of its own here, in
         the ``prepare`` function that it hands to :func:`backend.jobs.worker.main`.
     """
@@ -110,6 +125,7 @@ class WorkerContext:
     engine_device: str = "cpu"
     analyser: Analyser = _analyse_ref
     publisher: Publisher = _publish
+    trainer: Trainer = _train
     open_store: Callable[[Settings], Store] = _open_store
     load_engine: Callable[[Settings, str], Any] = _load_engine
     queue: BagQueue = field(init=False)
@@ -160,6 +176,11 @@ def set_analyser(analyser: Analyser) -> None:
 def set_publisher(publisher: Publisher) -> None:
     """Push predictions with ``publisher`` in this process from now on (for tests)."""
     context().publisher = publisher
+
+
+def set_trainer(trainer: Trainer) -> None:
+    """Train projects with ``trainer`` in this process from now on (for tests)."""
+    context().trainer = trainer
 
 
 class Progress:
@@ -253,6 +274,17 @@ def publish_task(key: str, waiting: dict[str, Any]) -> dict[str, Any]:
     work.publisher(work.settings, work.redis, key, task)
     log.info("project=%d task=%d version=%s published from bag=%s", task.project, task.task, task.model_version, key)
     return {"key": key, "task": task.task}
+
+
+def train(project: int) -> dict[str, Any]:
+    """Fit a project's heads on its annotations, put them in use, rank its slides. Returns a short report."""
+    work = context()
+    requests = TrainingQueue(work.queue)
+    requests.begin(project)
+    progress = Progress(get_current_job(), work.device)
+    report = work.trainer(work.settings, work.redis, project, progress)
+    log.info("project=%d %s %s", project, progress.summary(), report.get("message", ""))
+    return dict(report)
 
 
 def _reason(state: JobState | None) -> str:

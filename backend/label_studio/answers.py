@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from backend.errors import SlideNotFound, SlideUnreadable
 from backend.label_studio.check import check_prediction
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
+from backend.label_studio.learnt import NOTHING_LEARNT, fitting_tile_heads, learnt_of
 from backend.label_studio.regions import PercentBox, predict_regions
 from backend.label_studio.services import Services
 from backend.results.bag import BagResult, digest
@@ -56,9 +57,9 @@ class Answers:
         self._lock = threading.Lock()
 
     def prediction(
-        self, key: str, data: TaskData, config_xml: str, *, box: PercentBox | None = None
+        self, key: str, data: TaskData, config_xml: str, *, project: int | None, box: PercentBox | None = None
     ) -> dict[str, Any] | None:
-        """The checked prediction for a task, ``None`` if nothing is stored under ``key``.
+        """The checked prediction for a task of ``project``, ``None`` if nothing is stored under ``key``.
 
         Raises
         ------
@@ -67,13 +68,18 @@ class Answers:
         """
         config = parse_config(config_xml)
         picture = data.get(config.image.field) if config.image.field else None
+        versions = self._services.versions
+        heads, snapshot = versions.heads(project), versions.snapshot(project)
+        version = heads.version if heads is not None else self._services.model.model_version
         name = digest(
             {
                 "key": key,
                 "config": config_xml,
                 "picture": str(picture),
                 "box": list(box) if box else None,
-                "version": self._services.model.model_version,
+                "project": project,
+                "version": version,
+                "trained": snapshot.about.get("created_at") if snapshot else None,
                 "top_k": self._services.settings.top_k,
             }
         )
@@ -81,16 +87,22 @@ class Answers:
             if name in self._made:
                 self._made.move_to_end(name)
                 return self._made[name]
-        result = self._services.store.get(key, latents=False)
+        tile_heads = fitting_tile_heads(heads, config) if heads is not None and box is None else []
+        result = self._services.store.get(key, latents=bool(tile_heads))
         if result is None:
             return None
+        learnt = NOTHING_LEARNT
+        if box is None:
+            similar = snapshot.neighbours(key, result.slide_embedding) if snapshot is not None else []
+            learnt = learnt_of(result, config, heads, tuple(similar))
         size = self.image_size(config, data, result)
         prediction = predict_regions(
             result,
             config,
             image_size=size,
-            model_version=self._services.model.model_version,
+            model_version=version,
             settings_top_k=self._services.settings.top_k,
+            learnt=learnt,
             box=box,
         )
         check_prediction(prediction, config_xml, image_size=size, may_be_empty=box is not None)

@@ -11,7 +11,7 @@ from label_studio_sdk.label_interface import LabelInterface
 
 from backend.errors import InvalidPrediction
 from backend.label_studio import rle
-from backend.label_studio.labeling_config import Control, LabelingConfig, parse_config
+from backend.label_studio.labeling_config import HEAD_KINDS, Control, LabelingConfig, parse_config
 
 _PERCENT_SLACK = 1e-9  # of arithmetic in float64: 100 - x + x may differ from 100 in the last bit
 
@@ -114,7 +114,9 @@ def _geometry_faults(
     config: LabelingConfig,
     size: tuple[int, int] | None,
 ) -> Iterator[str]:
-    if control.kind in ("Choices", "Number", "TextArea"):
+    if control.kind == "Rating" and not (isinstance(value.get("rating"), int) and value["rating"] > 0):
+        yield f"rating is {value.get('rating')!r}, not a number of stars"
+    if control.kind in (*HEAD_KINDS, "TextArea"):
         return
     width, height = region.get("original_width"), region.get("original_height")
     if not isinstance(width, int) or not isinstance(height, int) or width < 1 or height < 1:

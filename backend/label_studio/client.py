@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,6 +15,7 @@ from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
 
 from backend.errors import LabelStudioError, LabelStudioUnreachable
+from backend.label_studio.versions import is_ours, model_of
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ T = TypeVar("T")
 Prediction = Mapping[str, Any]
 Pushed = Literal["created", "updated", "kept"]
 _TIMEOUT_S = 30.0
+_EXPORT_TIMEOUT_S = 300.0
+_PAGE_TASKS = 500
 
 
 class TokenRefused(LabelStudioUnreachable):
@@ -91,16 +95,21 @@ class LabelStudioClient:
         """The labelling config of a project, as it is now."""
         return str(self._call(lambda: self.sdk.projects.get(id=project)).label_config or "")
 
-    def push_prediction(self, task: int, prediction: Prediction) -> Pushed:
+    def push_prediction(
+        self, task: int, prediction: Prediction, *, outdated: Callable[[object], bool] | None = None
+    ) -> Pushed:
         """Make ``prediction`` the task's only prediction of its model version.
 
-        An equal one is kept, another one of that version is updated, surplus ones of that version are deleted. Other versions and
-        other models' predictions are left alone.
+        An equal one is kept, another one of that version is updated, surplus ones of that version are deleted. Then those of other versions that
+        ``outdated`` names are deleted; all others are left alone.
         """
         version = prediction["model_version"]
-        wanted = _content(prediction["result"], prediction.get("score"))
-        ours = self._predictions(task, version)
-        right = [int(p.id) for p in ours if _content(p.result, p.score) == wanted]
+        with_cluster = "cluster" in prediction
+        wanted = _content(prediction["result"], prediction.get("score"), prediction.get("cluster"))
+        found = self._call(lambda: self.sdk.predictions.list(task=task))
+        ours: Sequence[Any] = [p for p in found if p.model_version == version]
+        old = [int(p.id) for p in found if p.model_version != version and outdated and outdated(p.model_version)]
+        right = [int(p.id) for p in ours if _content(p.result, p.score, p.cluster if with_cluster else None) == wanted]
         done: Pushed
         if right:
             done, kept = "kept", right[0]
@@ -112,8 +121,9 @@ class LabelStudioClient:
             self._call(lambda: self.sdk.predictions.create(task=task, **prediction))
             ours = self._predictions(task, version)  # another process may have done the same at the same time
             kept = min(int(p.id) for p in ours) if ours else 0
-        for surplus in {int(p.id) for p in ours} - {kept}:
-            self._call(lambda surplus=surplus: self.sdk.predictions.delete(id=surplus))  # type: ignore[misc]
+        for surplus in sorted({int(p.id) for p in ours} - {kept}) + old:
+            with contextlib.suppress(TaskGone):  # another process was faster
+                self._call(lambda surplus=surplus: self.sdk.predictions.delete(id=surplus))  # type: ignore[misc]
         return done
 
     def _predictions(self, task: int, version: str) -> Sequence[Any]:
@@ -128,9 +138,11 @@ class LabelStudioClient:
             return self._call(lambda: self.sdk.projects.get(id=int(title_or_id)))
         return self._call(lambda: next((p for p in self.sdk.projects.list() if p.title == title_or_id), None))
 
-    def projects_of_version(self, model_version: str) -> list[dict[str, Any]]:
-        """The projects whose predictions count if they are of ``model_version``: id, title, tasks, labelled, predictions."""
-        found = self._call(lambda: [p for p in self.sdk.projects.list() if p.model_version == model_version])
+    def projects_of_model(self, model_version: str) -> list[dict[str, Any]]:
+        """The projects at ``model_version`` or at heads on top of it: id, title, tasks, labelled, predictions, version."""
+        found = self._call(
+            lambda: [p for p in self.sdk.projects.list() if model_of(str(p.model_version or "")) == model_version]
+        )
         return [
             {
                 "id": int(p.id),
@@ -138,6 +150,7 @@ class LabelStudioClient:
                 "tasks": int(p.task_number or 0),
                 "labelled": int(p.num_tasks_with_annotations or 0),
                 "predictions": int(p.total_predictions_number or 0),
+                "model_version": str(p.model_version),
             }
             for p in found
         ]
@@ -171,12 +184,7 @@ class LabelStudioClient:
         ``title`` must be the model version: Label Studio makes it the project's ``model_version``, and only predictions of
         that version count.
         """
-        user, password = self._settings.basic_auth_user, self._settings.basic_auth_pass.get_secret_value()
-        auth = (
-            {"auth_method": "BASIC_AUTH", "basic_auth_user": user, "basic_auth_pass": password}
-            if user
-            else {"auth_method": "NONE"}
-        )
+        auth = self._basic_auth()
         present = self._call(lambda: [b for b in self.sdk.ml.list(project=project) if b.url.rstrip("/") == url])
         if present:
             backend = present[0]
@@ -190,6 +198,12 @@ class LabelStudioClient:
         )
         return int(created.id)
 
+    def _basic_auth(self) -> dict[str, str]:
+        user, password = self._settings.basic_auth_user, self._settings.basic_auth_pass.get_secret_value()
+        if not user:
+            return {"auth_method": "NONE"}
+        return {"auth_method": "BASIC_AUTH", "basic_auth_user": user, "basic_auth_pass": password}
+
     def settle_model_version(self, project: int, version: str) -> None:
         """Make sure that a project counts the predictions of ``version``.
 
@@ -199,6 +213,83 @@ class LabelStudioClient:
         if self._call(lambda: self.sdk.projects.get(id=project)).model_version != version:
             log.info("project %d: model version set to %s", project, version)
             self._call(lambda: self.sdk.projects.update(id=project, model_version=version))
+
+    def follow_version(self, project: int, url: str, version: str) -> None:
+        """Give the project's connection to this backend, and the project itself, the name of ``version``.
+
+        The connection is ours if it has our ``url``, or a title that only we give (where Label Studio reaches us under another address).
+        """
+        for backend in self._call(lambda: self.sdk.ml.list(project=project)):
+            ours = str(backend.url or "").rstrip("/") == url or is_ours(backend.title)
+            if ours and backend.title != version:
+                # Label Studio asks /health and /setup now; the title, the answer of /setup and the predictions agree from here on.
+                self._call(
+                    lambda backend=backend: self.sdk.ml.update(  # type: ignore[misc]
+                        id=backend.id, title=version, url=backend.url, project=project, **self._basic_auth()
+                    )
+                )
+        self.settle_model_version(project, version)
+
+    def secure_webhook(self, project: int, url: str, header: str, secret: str) -> None:
+        """Have the project's webhook to ``url`` carry ``secret``; make one for annotations and the project if there is none."""
+        found = [w for w in self._call(lambda: self.sdk.webhooks.list(project=str(project))) if w.url == url]
+        for webhook in found:
+            if (webhook.headers or {}).get(header) != secret:
+                headers = {**(webhook.headers or {}), header: secret}
+                self._call(lambda w=webhook, h=headers: self.sdk.webhooks.update(id=w.id, url=w.url, headers=h))  # type: ignore[misc]
+        if not found:
+            self._call(
+                lambda: self.sdk.webhooks.create(
+                    project=project, url=url, headers={header: secret}, send_payload=True, send_for_all_actions=True
+                )
+            )
+
+    # --- tasks and annotations, for learning ---
+
+    def tasks(self, project: int) -> list[tuple[int, dict[str, Any]]]:
+        """Id and data of every task of a project, in the order of the ids."""
+        pages = self._call(
+            lambda: [
+                (int(t.id), dict(t.data or {}))
+                for t in self.sdk.tasks.list(project=project, fields="task_only", page_size=_PAGE_TASKS)
+            ]
+        )
+        return sorted(pages, key=lambda task: task[0])
+
+    def annotated_tasks(self, project: int) -> list[dict[str, Any]]:
+        """The tasks of a project that have annotations, skipped ones included, as Label Studio exports them."""
+
+        def export() -> Any:
+            answer = self._http.get(
+                f"{self.url}/api/projects/{project}/export",
+                params={"exportType": "JSON", "download_all_tasks": "false"},
+                headers=dict(self.authorization()),
+                timeout=_EXPORT_TIMEOUT_S,
+            )
+            if not answer.is_success:
+                raise ApiError(status_code=answer.status_code, body=answer.text[:300])
+            try:
+                return answer.json()
+            except ValueError:
+                raise LabelStudioError(f"The export of project {project} from {self.url} is no JSON.") from None
+
+        _ = self.sdk  # says what is missing, before anything is asked
+        found = self._call(export)
+        if not isinstance(found, list) or not all(isinstance(task, dict) for task in found):
+            raise LabelStudioError(f"The export of project {project} from {self.url} is no list of tasks.")
+        return found
+
+    def merge_task_data(self, task: int, changes: Mapping[str, Any]) -> bool:
+        """Change some fields of a task's data; ``None`` removes one. Whether there was anything to change.
+
+        Label Studio replaces the data as a whole: what it has is read right before.
+        """
+        data = self.task(task)
+        merged = {k: v for k, v in {**data, **changes}.items() if k not in changes or changes[k] is not None}
+        if merged == data:
+            return False
+        self._call(lambda: self.sdk.tasks.update(id=str(task), data=merged))
+        return True
 
     def retrieve_predictions(self, project: int) -> None:
         """Have Label Studio ask its backend for predictions of all tasks that lack one."""
@@ -237,7 +328,7 @@ def _typed(error: ApiError, url: str) -> LabelStudioError:
     return LabelStudioError(f"Label Studio at {url} refuses the request ({status}): {str(error.body)[:300]}")
 
 
-def _content(result: Any, score: Any) -> str:
-    """What makes two predictions of one version the same: regions and score, as JSON."""
-    text = json.dumps([result, None if score is None else round(float(score), 6)], sort_keys=True)
+def _content(result: Any, score: Any, cluster: Any = None) -> str:
+    """What makes two predictions of one version the same: regions, score and cluster, as JSON."""
+    text = json.dumps([result, None if score is None else round(float(score), 6), cluster], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

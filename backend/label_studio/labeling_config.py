@@ -1,7 +1,7 @@
 """Which controls a project has, and what each asks of us. Pure: XML in, frozen data out.
 
 Attributes that a control may carry for us: ``model_skip`` (leave it to the annotator), ``model_top_k`` (how many regions),
-``model_score_threshold`` (lowest score of a region), ``model_heatmap`` (``alpha`` or ``bands``). Controls are read only if they
+``model_score_threshold`` (lowest score of a region), ``model_heatmap`` (``alpha``, ``bands``, or ``classes``: only what a tile head says). Controls are read only if they
 label the image; controls for single regions or pages (``perRegion``, ``perItem``) belong to the annotator.
 """
 
@@ -17,12 +17,24 @@ from typing import Any, Literal, cast
 
 from backend.errors import LabelConfigUnsupported, TaskFieldMissing
 
-Kind = Literal["BrushLabels", "RectangleLabels", "PolygonLabels", "KeyPointLabels", "Choices", "Number", "TextArea"]
-Heatmap = Literal["alpha", "bands"]
+Kind = Literal[
+    "BrushLabels",
+    "RectangleLabels",
+    "PolygonLabels",
+    "KeyPointLabels",
+    "EllipseLabels",
+    "Choices",
+    "Number",
+    "Rating",
+    "TextArea",
+]
+Heatmap = Literal["alpha", "bands", "classes"]
 
 GEOMETRY_KINDS: tuple[Kind, ...] = ("BrushLabels", "RectangleLabels", "PolygonLabels", "KeyPointLabels")
-HEAD_KINDS: tuple[Kind, ...] = ("Choices", "Number")
-_KINDS: dict[str, Kind] = {kind.lower(): kind for kind in (*GEOMETRY_KINDS, *HEAD_KINDS, "TextArea")}
+HEAD_KINDS: tuple[Kind, ...] = ("Choices", "Number", "Rating")
+DRAWN_KINDS: tuple[Kind, ...] = ("EllipseLabels",)
+"""Controls that people draw with, and that this backend learns from, but does not fill."""
+_KINDS: dict[str, Kind] = {kind.lower(): kind for kind in (*GEOMETRY_KINDS, *HEAD_KINDS, *DRAWN_KINDS, "TextArea")}
 _TOP_K_KINDS: tuple[Kind, ...] = ("RectangleLabels", "PolygonLabels", "KeyPointLabels")
 MAX_TOP_K = 400
 
@@ -50,7 +62,10 @@ class ImageObject:
 
 @dataclass(frozen=True)
 class Control:
-    """One control that this backend can fill. ``labels`` are in the order of the config; empty for Number and TextArea."""
+    """One control that this backend can fill or learn from.
+
+    ``labels`` are in the order of the config; empty for Number, Rating and TextArea. ``multiple``: several choices may be made.
+    """
 
     kind: Kind
     name: str
@@ -61,6 +76,7 @@ class Control:
     score_threshold: float | None = None
     heatmap: Heatmap | None = None
     smart: bool = False
+    multiple: bool = False
 
     @property
     def region_type(self) -> str:
@@ -138,11 +154,11 @@ def parse_config(xml: str) -> LabelingConfig:
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise LabelConfigUnsupported(f"The labelling config has two controls named '{doubled}'.")
-    ours = [control for control in controls if not control.skip]
+    ours = [control for control in controls if not control.skip and control.kind not in DRAWN_KINDS]
     if not ours:
         why = (
             'Every control that this backend can fill has model_skip="true".'
-            if controls
+            if any(control.kind not in DRAWN_KINDS for control in controls)
             else "The labelling config has no control that this backend can fill: it has no "
             + ", ".join((*GEOMETRY_KINDS, *HEAD_KINDS))
             + " or TextArea for the image."
@@ -213,6 +229,7 @@ def _controls(root: ET.Element, images: Mapping[str, ImageObject]) -> Iterator[C
             score_threshold=_score_threshold(attributes, name),
             heatmap=_heatmap(attributes, name, kind),
             smart=_flag(attributes, name, "smart"),
+            multiple=kind == "Choices" and attributes.get("choice", "single").startswith("multiple"),
         )
         _check_labels(control)
         yield control
@@ -229,7 +246,7 @@ def _labels(element: ET.Element) -> tuple[str, ...]:
 
 
 def _check_labels(control: Control) -> None:
-    if control.skip or control.kind in ("Number", "TextArea"):
+    if control.skip or control.kind in ("Number", "Rating", "TextArea", *DRAWN_KINDS):
         return
     if not control.labels:
         child = "Choice" if control.kind == "Choices" else "Label"
@@ -285,6 +302,6 @@ def _heatmap(attributes: Mapping[str, str], control: str, kind: Kind) -> Heatmap
         return None
     if kind != "BrushLabels":
         raise _bad(control, "model_heatmap", value, "left out: it belongs on BrushLabels")
-    if value not in ("alpha", "bands"):
-        raise _bad(control, "model_heatmap", value, "alpha or bands")
+    if value not in ("alpha", "bands", "classes"):
+        raise _bad(control, "model_heatmap", value, "alpha, bands or classes")
     return cast(Heatmap, value)

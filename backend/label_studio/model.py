@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from backend.label_studio.events import START_TRAINING, take_event
 from backend.label_studio.predictor import Predictor, Slot, Task, project_id
 from backend.label_studio.services import Services, get_services
 
@@ -79,7 +80,7 @@ class WholeSlideBackend(LabelStudioMLBase):  # type: ignore[misc]  # the base ha
     def setup(self) -> None:
         """Called by the 2.x base class: state the model version."""
         if hasattr(self, "set"):
-            self.set("model_version", self.services.model.model_version)
+            self.set("model_version", self.services.versions.version(project_id(self._own_project, ())))
 
     def predict(self, tasks: Sequence[Task], context: Mapping[str, Any] | None = None, **kwargs: Any) -> list[Slot]:
         """One slot for each task: a prediction, or ``[]`` while its slide is being analysed. See :class:`Predictor`."""
@@ -88,7 +89,12 @@ class WholeSlideBackend(LabelStudioMLBase):  # type: ignore[misc]  # the base ha
         return _predictor(self.services).predict(tasks, project=project, label_config=label_config, context=context)
 
     def fit(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Takes ``fit(event, data)`` (2.x) and ``fit(tasks, event=…, data=…)`` (1.0). This release has nothing to train."""
+        """Have the project's heads trained by a worker. Takes ``fit(event, data)`` (2.x) and ``fit(tasks, event=…, data=…)`` (1.0)."""
         event = kwargs.get("event") or (args[0] if args and isinstance(args[0], str) else "")
-        log.info("event %s received; this release pre-labels only and trains no heads", event or "without a name")
-        return {}
+        data = kwargs.get("data") or (args[1] if len(args) > 1 else None)
+        number = data.get("project", {}).get("id") if isinstance(data, Mapping) else None
+        project = number if isinstance(number, int) else project_id(self._own_project, ())
+        if project is None:
+            log.warning("event %s without a project: nothing to train", event or "without a name")
+            return {}
+        return {"training": take_event(self.services, str(event or START_TRAINING), project, data)}

@@ -152,7 +152,7 @@ class Predictor:
             self._push_later(item, project, label_config)
             return []
         try:
-            prediction = self._answers.prediction(item.key, item.task["data"], label_config, box=box)
+            prediction = self._answers.prediction(item.key, item.task["data"], label_config, project=project, box=box)
         except BaseException:
             self._release(item, project)
             raise
@@ -169,11 +169,13 @@ class Predictor:
     def _claim(self, item: _Pending, project: int | None) -> bool:
         if item.task_id is None or project is None:
             return True  # a preview without a task: nothing is stored, so nothing can be stored twice
-        return self._services.queue.claim_answer(project, item.task_id, self._services.model.model_version, CLAIM_TTL_S)
+        return self._services.queue.claim_answer(
+            project, item.task_id, self._services.versions.version(project), CLAIM_TTL_S
+        )
 
     def _release(self, item: _Pending, project: int | None) -> None:
         if item.task_id is not None and project is not None:
-            self._services.queue.release_claim(project, item.task_id, self._services.model.model_version)
+            self._services.queue.release_claim(project, item.task_id, self._services.versions.version(project))
 
     def _submit(
         self, pending: list[_Pending], overdue: list[_Pending], project: int | None, label_config: str, *, single: bool
@@ -199,7 +201,7 @@ class Predictor:
     def _waiting(self, item: _Pending, project: int | None, label_config: str) -> WaitingTask | None:
         if item.task_id is None or project is None:
             return None
-        return WaitingTask(project, item.task_id, label_config, self._services.model.model_version)
+        return WaitingTask(project, item.task_id, label_config, self._services.versions.version(project))
 
     def _wait(
         self, item: _Pending, project: int | None, label_config: str, box: PercentBox | None, deadline: float

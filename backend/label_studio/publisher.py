@@ -17,6 +17,7 @@ from backend.label_studio.client import Pushed, TaskGone
 from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.predictor import CLAIM_TTL_S
 from backend.label_studio.services import Services
+from backend.label_studio.versions import is_ours, model_of
 from backend.settings import Settings
 from backend.slides.source import SlideRef
 
@@ -34,11 +35,12 @@ class TaskBusy(LabelStudioUnreachable):
 
 def publish(settings: Settings, redis: Redis, key: str, waiting: WaitingTask) -> Pushed | None:
     """:func:`push` for a worker process, which has settings and a Redis connection."""
-    return push(_services_of(settings, redis), key, waiting)
+    return push(services_of(settings, redis), key, waiting)
 
 
 @lru_cache(maxsize=2)
-def _services_of(settings: Settings, redis: Redis) -> Services:
+def services_of(settings: Settings, redis: Redis) -> Services:
+    """The services of a worker process, made once."""
     return Services(settings, redis)
 
 
@@ -59,9 +61,11 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
     LabelStudioUnreachable, TaskBusy
         Label Studio is away, or the task is being answered: try again later.
     """
-    if waiting.model_version != services.model.model_version:
-        log.info("task %d: %s is no longer the model version, not pushed", waiting.task, waiting.model_version)
+    if model_of(waiting.model_version) != services.model.model_version:
+        log.info("task %d: %s is no longer the model, not pushed", waiting.task, waiting.model_version)
         return None
+    # Heads may have been trained since the question: only what the project is at now counts there.
+    waiting = replace(waiting, model_version=services.versions.version(waiting.project))
     if not _claim(services, waiting):
         raise TaskBusy(f"Task {waiting.task} is being answered by someone else.", hint="It is tried again by itself.")
     try:
@@ -74,10 +78,15 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
             services.queue.release_claim(waiting.project, waiting.task, waiting.model_version)
             _ask_anew(services, ref, replace(waiting, label_config=label_config))
             return None
-        prediction = _answers_of(services).prediction(key, data, label_config)
+        prediction = _answers_of(services).prediction(key, data, label_config, project=waiting.project)
         if prediction is None:
             raise ResultNotFound(f"The result {key} of task {waiting.task} is gone.", hint="Open the task again.")
-        pushed = services.client.push_prediction(waiting.task, prediction)
+        snapshot = services.versions.snapshot(waiting.project)
+        cluster = snapshot.cluster_of(waiting.task) if snapshot else None
+        if cluster is not None:
+            prediction = {**prediction, "cluster": cluster}
+        outdated = None if services.settings.keep_old_predictions else is_ours
+        pushed = services.client.push_prediction(waiting.task, prediction, outdated=outdated)
     except TaskGone:
         log.info("task %d was deleted in Label Studio, nothing to push", waiting.task)
         return None
@@ -87,6 +96,8 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
     if pushed != "kept":
         # A panel that is open beside the task offers to reload it.
         note_push(services.queue, key, waiting.project, waiting.task)
+    if cluster is None and services.settings.rank_tasks:
+        services.training.note_slides(waiting.project)  # a slide that has no place among the others yet
     # The claim is left to run out: a question that Label Studio asked before it had this prediction may arrive just now.
     log.info("task %d: prediction %s (%d regions)", waiting.task, pushed, len(prediction["result"]))
     return pushed

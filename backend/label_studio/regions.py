@@ -20,6 +20,7 @@ from backend.errors import LabelConfigUnsupported, RequestInvalid
 from backend.label_studio import rle
 from backend.label_studio.hotspots import hot_areas, peaks
 from backend.label_studio.labeling_config import EXAMPLE, GEOMETRY_KINDS, HEAD_KINDS, Control, LabelingConfig
+from backend.label_studio.learnt import NOTHING_LEARNT, Learnt, TileClasses, suggested
 from backend.label_studio.summary import summary_text
 from backend.results.bag import Bag, BagResult, Float32Array, Int64Array, UInt8Array
 from backend.results.ranks import hottest_first, percentile_ranks
@@ -44,15 +45,6 @@ class PercentBox(NamedTuple):
     y: float
     width: float
     height: float
-
-
-@dataclass(frozen=True)
-class HeadSuggestion:
-    """What a trained head says of a slide: ``value`` (a choice or a number) for the control, with confidence in [0, 1]."""
-
-    control: str
-    value: str | float
-    confidence: float
 
 
 def box_from_context(context: Mapping[str, Any] | None) -> PercentBox | None:
@@ -89,7 +81,7 @@ def predict_regions(
     image_size: tuple[int, int] | None,
     model_version: str,
     settings_top_k: int,
-    head_suggestion: HeadSuggestion | None = None,
+    learnt: Learnt = NOTHING_LEARNT,
     box: PercentBox | None = None,
 ) -> dict[str, Any]:
     """One prediction for one task.
@@ -108,8 +100,8 @@ def predict_regions(
         The string that Label Studio shows and compares.
     settings_top_k
         Regions of a control without ``model_top_k``.
-    head_suggestion
-        What a trained head says. Without one the prediction has no ``score``.
+    learnt
+        What trained heads say. Without a head for the slide the prediction has no ``score``.
     box
         Interactive: attention is pooled anew over the tiles whose centre lies in the box, and only these are shown, without summary and
         embedding. No tile inside: an empty list of regions. A bag of patches has no tiles inside any box.
@@ -123,21 +115,26 @@ def predict_regions(
     LabelConfigUnsupported
         There would be nothing to show, or the config cannot show a bag of this kind.
     """
+    learnt.check(config)
     view = _View.of(result, config, image_size, box)
     prediction: dict[str, Any] = {"model_version": model_version, "result": []}
     regions: list[Region] = prediction["result"]
     if len(view.tiles) == 0:
         return prediction
     for control in config.active(*GEOMETRY_KINDS, *HEAD_KINDS, "TextArea"):
-        if control.kind in GEOMETRY_KINDS:
+        classes = learnt.classes_for(control) if control.kind == "BrushLabels" else None
+        if classes is not None:
+            made = list(_class_maps(view, control, classes))
+        elif control.kind in GEOMETRY_KINDS:
             top_k = settings_top_k if control.top_k is None else control.top_k
             made = list(_GEOMETRY[control.kind](view, control, top_k))
         elif box is not None:
             continue
         elif control.kind == "TextArea":
-            made = [{"value": {"text": [summary_text(result, model_version)]}, "readonly": True}]
+            text = summary_text(result, model_version, learnt.similar)
+            made = [{"value": {"text": [text]}, "readonly": True}]
         else:
-            made = _suggested(control, head_suggestion)
+            made = suggested(control, learnt)
         seed = f"{view.digest}/{model_version}/{control.name}/{box and tuple(box)}"
         for index, region in enumerate(made):
             regions.append(_complete(region, control, hashlib.sha256(f"{seed}/{index}".encode()).hexdigest()[:12]))
@@ -145,9 +142,8 @@ def predict_regions(
         return prediction
     if not regions:
         raise _nothing_to_show(result.bag, config)
-    if head_suggestion is not None:
-        _check_suggestion(config, head_suggestion)
-        prediction["score"] = float(head_suggestion.confidence)
+    if learnt.confidence is not None:
+        prediction["score"] = learnt.confidence
     carrier = next((region for region in regions if region["type"] == "choices"), regions[0])
     carrier.setdefault("meta", {})["embedding"] = [float(f"{value:.6g}") for value in result.slide_embedding.tolist()]
     return prediction
@@ -172,7 +168,7 @@ def _nothing_to_show(bag: Bag, config: LabelingConfig) -> LabelConfigUnsupported
             hint=f"Add BrushLabels or RectangleLabels, for example:\n{EXAMPLE}",
         )
     return LabelConfigUnsupported(
-        "The labelling config has only Choices or Number for us, which stay empty until a head has been trained.",
+        "The labelling config has only Choices, Number or Rating for us, which stay empty until a head has been trained.",
         hint=f"Add a control that shows attention, for example:\n{EXAMPLE}",
     )
 
@@ -284,6 +280,8 @@ def _pooled_again(result: BagResult, tiles: Int64Array) -> Float32Array:
 
 def _brush(view: _View, control: Control, top_k: int) -> Iterator[Region]:
     del top_k  # the whole map is shown
+    if control.heatmap == "classes":
+        return  # nothing until a tile head knows its labels
     shown = view.relative >= (control.score_threshold or 0)
     heatmap = control.heatmap or ("bands" if len(control.labels) > 1 else "alpha")
     if heatmap == "alpha":
@@ -297,6 +295,19 @@ def _brush(view: _View, control: Control, top_k: int) -> Iterator[Region]:
         inside = shown & (band == index)
         if inside.any():
             yield from _painted(view, control, label, np.where(inside, BAND_ALPHA, 0).astype(np.uint8))
+
+
+def _class_maps(view: _View, control: Control, classes: TileClasses) -> Iterator[Region]:
+    """One region for each class of a tile head: the tiles whose most probable class it is, the stronger the more probable."""
+    p = classes.probabilities[view.tiles]
+    best, sure = p.argmax(axis=1), p.max(axis=1)
+    level = 1 + np.minimum((sure * ALPHA_LEVELS).astype(np.int64), ALPHA_LEVELS - 1)
+    alpha = np.round(255 * level / ALPHA_LEVELS).astype(np.uint8)
+    shown = sure >= (control.score_threshold or 0)
+    for index, label in enumerate(classes.classes):
+        inside = shown & (best == index)
+        if inside.any():
+            yield from _painted(view, control, label, np.where(inside, alpha, 0).astype(np.uint8))
 
 
 def _painted(view: _View, control: Control, label: str, alpha: UInt8Array) -> Iterator[Region]:
@@ -392,29 +403,3 @@ _GEOMETRY = {
     "PolygonLabels": _polygons,
     "KeyPointLabels": _keypoints,
 }
-
-
-# --- what a head says --------------------------------------------------------------------------------------------
-
-
-def _suggested(control: Control, suggestion: HeadSuggestion | None) -> list[Region]:
-    """Not read-only, unlike the drawn regions: a suggested answer is there to be changed."""
-    if suggestion is None or suggestion.control != control.name:
-        return []
-    if suggestion.confidence < (control.score_threshold or 0):
-        return []
-    value = {"choices": [suggestion.value]} if control.kind == "Choices" else {"number": suggestion.value}
-    return [{"value": value, "score": float(suggestion.confidence), "readonly": False}]
-
-
-def _check_suggestion(config: LabelingConfig, suggestion: HeadSuggestion) -> None:
-    control = config.control(suggestion.control)
-    if control is None or control.kind not in HEAD_KINDS:
-        raise LabelConfigUnsupported(
-            f"A head was trained for the control '{suggestion.control}', which the labelling config no longer has."
-        )
-    if control.kind == "Choices" and suggestion.value not in control.labels:
-        raise LabelConfigUnsupported(
-            f"A head says '{suggestion.value}', which '{control.name}' does not offer: {', '.join(control.labels)}.",
-            hint="Train again, or put the choice back.",
-        )

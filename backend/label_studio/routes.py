@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from backend import __version__
 from backend.errors import RequestInvalid
+from backend.label_studio.events import START_TRAINING, WEBHOOK_SECRET_HEADER, take_event
 from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.model import WholeSlideBackend
 from backend.label_studio.predictor import project_id
@@ -20,7 +21,6 @@ from backend.label_studio.services import Services
 
 log = logging.getLogger(__name__)
 
-WEBHOOK_SECRET_HEADER = "X-WSC-Webhook-Secret"
 # Each waiting /predict holds a thread; /health and /setup must be answered within a second all the same.
 _PREDICT_THREADS = 64
 
@@ -88,7 +88,7 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
         """States the model version; refuses a labelling config that has nothing to fill, and says what to add."""
         if body.label_config:
             parse_config(body.label_config)
-        return {"model_version": services.model.model_version}
+        return {"model_version": services.versions.version(project_id(body.project, ()))}
 
     @router.post("/predict", dependencies=user)
     async def predict(body: PredictRequest) -> PredictResponse:
@@ -106,22 +106,40 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
             limiter=limiter,
         )
         log.info("predict: project %s, %d tasks, %d answered", number, len(results), sum(bool(r) for r in results))
-        return PredictResponse(results=results, model_version=services.model.model_version)
+        return PredictResponse(results=results, model_version=services.versions.version(number))
 
     @router.post("/webhook")
     async def webhook(
-        body: WebhookRequest, secret: Annotated[str | None, Header(alias=WEBHOOK_SECRET_HEADER)] = None
+        body: WebhookRequest,
+        secret: Annotated[str | None, Header(alias=WEBHOOK_SECRET_HEADER)] = None,
+        authorization: Annotated[str | None, Header()] = None,
     ) -> dict[str, str]:
-        """Takes note of an event. Label Studio sends no basic authentication here: a secret header protects it."""
-        wanted = services.settings.webhook_secret.get_secret_value()
-        if wanted and not hmac.compare_digest((secret or "").encode(), wanted.encode()):
-            raise HTTPException(401, f"The header {WEBHOOK_SECRET_HEADER} is missing or wrong.")
-        log.info("webhook: %s of project %s", body.action, (body.project or {}).get("id"))
-        return {"status": "received", "action": body.action}
+        """Takes an event; what has to be done goes to the `train` queue.
+
+        Events of annotations carry the secret that `import` registers. Label Studio sends START_TRAINING as it sends /predict: without it, with
+        basic authentication where that is set.
+        """
+        wanted = (await anyio.to_thread.run_sync(lambda: services.webhook_secret)).encode()
+        if not hmac.compare_digest((secret or "").encode(), wanted):
+            if body.action != START_TRAINING:
+                log.warning(
+                    "webhook: %s without the secret, refused: `wsc-backend train PROJECT` registers it", body.action
+                )
+                raise HTTPException(401, f"The header {WEBHOOK_SECRET_HEADER} is missing or wrong.")
+            await require_user(authorization)
+        number = (body.project or {}).get("id")
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < 2**53:
+            raise RequestInvalid(
+                f"The event {body.action[:80]!r} names no project.", hint="Label Studio sends project: {id: …}."
+            )
+        event = body.model_dump()
+        answer = await anyio.to_thread.run_sync(lambda: take_event(services, body.action, number, event))
+        log.info("webhook: %s of project %s: %s", body.action, number, answer)
+        return {"status": "received", "action": body.action, "training": answer}
 
     @router.get("/versions", dependencies=user)
-    async def versions() -> dict[str, list[str]]:
-        """The model versions that can be chosen."""
-        return {"versions": [services.model.model_version]}
+    async def versions(project: int | None = None) -> dict[str, list[str]]:
+        """The model versions that can be chosen: the model, and the heads trained for a project (or for any)."""
+        return {"versions": await anyio.to_thread.run_sync(lambda: services.versions.versions(project))}
 
     return router

@@ -13,7 +13,10 @@ from backend.inference.checkpoint import ModelIdentity, model_identity
 from backend.inference.key import bag_key
 from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import connect
+from backend.jobs.training import TrainingQueue
+from backend.kept_key import kept_key
 from backend.label_studio.client import LabelStudioClient
+from backend.label_studio.versions import ProjectVersions
 from backend.results.store import ResultStore
 from backend.settings import Settings, get_settings
 from backend.slides.source import SlideRef, SourceResolver
@@ -38,6 +41,20 @@ class Services:
     @cached_property
     def queue(self) -> BagQueue:
         return BagQueue(self.settings, self.redis)
+
+    @cached_property
+    def training(self) -> TrainingQueue:
+        return TrainingQueue(self.queue)
+
+    @cached_property
+    def versions(self) -> ProjectVersions:
+        return ProjectVersions(self.settings.model_dir / "heads", self.model)
+
+    @cached_property
+    def webhook_secret(self) -> str:
+        """What a webhook must carry: the setting, else a secret made once."""
+        given = self.settings.webhook_secret.get_secret_value()
+        return given or kept_key(self.settings.model_dir / "webhook.key").hex()
 
     @cached_property
     def store(self) -> ResultStore:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from backend.learning.snapshot import Neighbour
 from backend.results.bag import BagResult, MppSource
 from backend.results.ranks import hottest_first
 
 _TOP = 10
+_SIMILAR = 3
 _SMALL_BAG = 40  # in which ten tiles would be a large part anyway: there the highest one is told
 _MPP_SOURCES: dict[MppSource, str] = {
     "slide": "from the slide's file",
@@ -15,8 +19,9 @@ _MPP_SOURCES: dict[MppSource, str] = {
 }
 
 
-def summary_text(result: BagResult, model_version: str) -> str:
-    """Lines of plain text: what was analysed, how concentrated attention is, which model, and what it is not for."""
+def summary_text(result: BagResult, model_version: str, similar: Sequence[Neighbour] = ()) -> str:
+    """Lines of plain text: what was analysed, how concentrated attention is, which labelled slides are alike, which model, and what it is
+    not for."""
     bag, n = result.bag, len(result.bag)
     attention = result.mean_attention[hottest_first(result.mean_attention)]
     if bag.kind == "patches":
@@ -36,6 +41,9 @@ def summary_text(result: BagResult, model_version: str) -> str:
     elif n > 1:
         share, even = float(attention[0]), 1 / n
         lines.append(f"The {one} with the highest attention holds {share:.1%} of it ({even:.1%} if spread evenly).")
+    if similar:
+        told = "; ".join(f"{s.name} ({s.label}, {s.similarity:.2f})" for s in similar[:_SIMILAR])
+        lines.append(f"Labelled slides most like it (cosine): {told}.")
     lines.append(f"Model: {model_version}.")
     if result.provenance.get("stand_in"):
         lines.append("This is a stand-in model for trying things out: what it shows has no medical meaning.")

@@ -23,6 +23,8 @@ IssueCode = Literal[
     "disagreement",  # annotators disagree, and the majority decided
     "image_rotated",  # the region's coordinates are those of a turned image
     "nothing_covered",  # a region covers no tile by enough
+    "no_embedding",  # the slide has no result: not analysed yet, or its analysis failed
+    "embedding_invalid",  # its stored embedding is not finite
     "conflict",  # tiles that one annotator covered equally with two labels
 ]
 

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.errors import ResultDamaged
-from backend.results.bag import Bag, BagResult
+from backend.results.bag import Bag, BagResult, Float32Array
 
 FORMAT_VERSION = 1
 _BAG_SCALARS = ("kind", "grid_size", "tile_size_level0", "slide_size", "tile_px", "tile_mpp", "mpp", "mpp_source")
@@ -100,6 +100,18 @@ def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
             return BagResult(
                 bag, features, h5["attention_logits"][:], h5["slide_embedding"][:], json.loads(provenance_json)
             )
+    except FileNotFoundError:
+        raise
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise ResultDamaged(f"The stored result cannot be read: {error}") from error
+
+
+def read_slide_embedding(file: Path | BinaryIO) -> Float32Array:
+    """Only the slide embedding of a result, float32 (D,); errors as :func:`read_hdf5`."""
+    try:
+        with h5py.File(file, "r") as h5:
+            embedding: Float32Array = h5["slide_embedding"][:]
+            return embedding
     except FileNotFoundError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:

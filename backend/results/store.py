@@ -16,8 +16,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from backend.errors import ResultDamaged, ResultNotFound
-from backend.results.bag import BagResult
-from backend.results.hdf5 import read_hdf5, write_hdf5
+from backend.results.bag import BagResult, Float32Array
+from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +63,17 @@ class ResultStore:
             log.warning("result %s is damaged (%s); set aside as %s, it will be computed again", key, error, aside)
             with contextlib.suppress(FileNotFoundError):  # another reader was faster
                 self._fs.mv(path, aside)
+            return None
+
+    def slide_embedding(self, key: str) -> Float32Array | None:
+        """Only the slide embedding, float32 (D,); ``None`` if nothing is stored, or nothing readable."""
+        try:
+            with self._fs.open(self._path(key), "rb") as file:
+                return read_slide_embedding(file)
+        except FileNotFoundError:
+            return None
+        except ResultDamaged:
+            self.get(key, latents=False)  # sets it aside
             return None
 
     def need(self, key: str, *, latents: bool = True) -> BagResult:

@@ -152,7 +152,7 @@ class OverviewData:
     def _ask(self) -> Projects:
         services = self._services
         try:
-            found = services.client.projects_of_version(services.model.model_version)
+            found = services.client.projects_of_model(services.model.model_version)
         except BackendError as error:
             return Projects(projects=[], problem=str(error))
         base = services.settings.label_studio_browser_url

@@ -41,14 +41,15 @@ def test_a_bag_goes_through_an_analysis_worker_and_a_publisher_without_torch(
     with WorkerPool(settings, command=WORKER) as pool:
         assert [(worker["name"], worker["queues"]) for worker in pool.status()] == [
             ("cpu", ["interactive", "batch"]),
-            ("publish", ["publish", "train"]),
+            ("publish", ["publish"]),
+            ("train", ["train"]),
         ]
         queue.submit(bag("a"), priority="batch", waiting=waiting(1))
         eventually(lambda: ledger(settings, "published"), "it is published")
         pids = [worker["pid"] for worker in pool.status()]
     assert ledger(settings, "published") == [f"1:1 {key('a')} torch=False"]
     assert not any(alive(pid) for pid in pids)
-    assert [worker["state"] for worker in pool.status()] == ["stopped", "stopped"]
+    assert [worker["state"] for worker in pool.status()] == ["stopped"] * 3
     assert queue.workers() == [], "they signed off"
 
 
@@ -121,7 +122,7 @@ def test_workers_end_when_their_pool_is_killed(settings: Settings, queue: BagQue
         "TMPDIR": str(settings.model_dir),  # a killed pool leaves its folder of status files
     }
     with subprocess.Popen([sys.executable, "-c", code], env=environment) as pool:
-        workers = eventually(lambda: len(found := queue.workers()) == 2 and found, "both are ready")
+        workers = eventually(lambda: len(found := queue.workers()) == 3 and found, "all are ready")
         pool.kill()
     eventually(lambda: not any(alive(worker["pid"]) for worker in workers), "nothing is left behind")
 

@@ -17,7 +17,7 @@ from redis import Redis
 from rq.job import validate_job_id
 from rq.registry import FailedJobRegistry, FinishedJobRegistry
 
-from backend.errors import JobNotFound, MppUnknown, QueueUnavailable, TrainingUnavailable
+from backend.errors import JobNotFound, MppUnknown, QueueUnavailable
 from backend.jobs import scripts
 from backend.jobs.queue import QUEUES, BagQueue, BagRequest, WaitingTask, publish_id
 from backend.jobs.redis_server import EmbeddedRedis, connect
@@ -221,11 +221,6 @@ def test_tasks_that_wait_for_a_bag_nobody_computes_are_found(queue: BagQueue, re
     redis.zadd(scripts.WAITING_INDEX, {key("done"): 1, key("under way"): 1})  # since 1970
     assert queue.sweep_waiting() == [key("done")]
     assert listed(redis, "publish") == [f"publish-{key('done')}"]
-
-
-def test_training_says_that_it_is_not_there_yet(queue: BagQueue) -> None:
-    with pytest.raises(TrainingUnavailable, match="Project 5"):
-        queue.enqueue_train(5)
 
 
 def test_redis_holds_json_and_no_pickle(queue: BagQueue, redis: Redis) -> None:

@@ -10,7 +10,8 @@ from synthetic_bags import synthetic_result
 from backend.errors import InvalidPrediction, LabelConfigUnsupported
 from backend.label_studio.check import check_prediction
 from backend.label_studio.labeling_config import parse_config
-from backend.label_studio.regions import HeadSuggestion, predict_regions
+from backend.label_studio.learnt import HeadSuggestion, Learnt
+from backend.label_studio.regions import predict_regions
 
 XML = """<View><Image name="image" value="$image"/>
   <BrushLabels name="brush" toName="image"><Label value="Attention"/></BrushLabels>
@@ -32,7 +33,7 @@ def good():
         image_size=SIZE,
         model_version="WSC test 1",
         settings_top_k=3,
-        head_suggestion=suggestion,
+        learnt=Learnt((suggestion,)),
     )
 
 

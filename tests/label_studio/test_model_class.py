@@ -115,7 +115,7 @@ def test_with_the_2_x_base_class(stored: Any, tmp_path: Path) -> None:
     said = json.loads(done.stdout)
     assert said["version"] == said["slot_version"] == services.model.model_version
     assert "brushlabels" in said["types"]
-    assert said["fit"] == {}
+    assert said["fit"] == {"training": "queued"}
     assert not said["torch"]
 
 

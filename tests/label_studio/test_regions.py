@@ -13,11 +13,12 @@ from label_studio_sdk.converter.brush import decode_rle
 from skimage.measure import points_in_poly
 from synthetic_bags import grid_of, synthetic_patches, synthetic_result
 
-from backend.errors import LabelConfigUnsupported, RequestInvalid
+from backend.errors import HeadMismatch, LabelConfigUnsupported, RequestInvalid
 from backend.label_studio import rle
 from backend.label_studio.check import check_prediction
 from backend.label_studio.labeling_config import load_template, parse_config
-from backend.label_studio.regions import HeadSuggestion, PercentBox, box_from_context, predict_regions
+from backend.label_studio.learnt import HeadSuggestion, Learnt, TileClasses
+from backend.label_studio.regions import PercentBox, box_from_context, predict_regions
 from backend.results.export import to_geojson
 from backend.slides.render import shown_size
 
@@ -279,7 +280,7 @@ def test_without_a_head_there_is_no_score_no_choice_and_the_embedding_is_on_the_
 
 
 def test_with_a_head_its_choice_can_be_changed_and_carries_score_and_embedding():
-    prediction = predict(synthetic_result(), head_suggestion=HeadSuggestion("diagnosis", "Tumour", 0.83))
+    prediction = predict(synthetic_result(), learnt=Learnt((HeadSuggestion("diagnosis", "Tumour", 0.83),)))
     (choice,) = by_type(prediction, "choices")
     assert prediction["score"] == 0.83
     assert choice["value"] == {"choices": ["Tumour"]}
@@ -291,16 +292,61 @@ def test_with_a_head_its_choice_can_be_changed_and_carries_score_and_embedding()
 
 def test_a_head_can_fill_a_number():
     xml = f'<View>{IMAGE}<Number name="grade" toName="image"/></View>'
-    prediction = predict(synthetic_result(), xml, head_suggestion=HeadSuggestion("grade", 2.5, 0.6))
+    prediction = predict(synthetic_result(), xml, learnt=Learnt((HeadSuggestion("grade", 2.5, 0.6),)))
     assert prediction["result"][0]["value"] == {"number": 2.5}
     check_prediction(prediction, xml, (2000, 1500))
 
 
+def test_a_head_can_rate_and_can_choose_several():
+    xml = f"""<View>{IMAGE}<Rating name="stars" toName="image"/>
+      <Choices name="seen" toName="image" choice="multiple"><Choice value="a"/><Choice value="b"/></Choices></View>"""
+    rated, seen = HeadSuggestion("stars", 4.0, 0.7), HeadSuggestion("seen", ("a", "b"), 0.6)
+    prediction = predict(synthetic_result(), xml, learnt=Learnt((rated, seen)))
+    assert [region["value"] for region in prediction["result"]] == [{"rating": 4}, {"choices": ["a", "b"]}]
+    assert prediction["score"] == 0.6, "the least certain answer is what makes a slide worth labelling"
+    check_prediction(prediction, xml, (2000, 1500))
+    none = predict(synthetic_result(), xml, learnt=Learnt((rated, HeadSuggestion("seen", (), 0.9))))
+    assert [region["type"] for region in none["result"]] == ["rating"], "an empty answer is no region"
+
+
 def test_a_head_for_a_choice_that_is_gone_says_so():
-    with pytest.raises(LabelConfigUnsupported, match="does not offer: Tumour, No tumour"):
-        predict(synthetic_result(), head_suggestion=HeadSuggestion("diagnosis", "Benign", 0.9))
-    with pytest.raises(LabelConfigUnsupported, match="no longer has"):
-        predict(synthetic_result(), head_suggestion=HeadSuggestion("grade", "1", 0.9))
+    for said in (HeadSuggestion("diagnosis", "Benign", 0.9), HeadSuggestion("grade", "1", 0.9)):
+        with pytest.raises(HeadMismatch, match="does not offer"):
+            predict(synthetic_result(), learnt=Learnt((said,)))
+
+
+CLASSES = f"""<View>{IMAGE}
+  <BrushLabels name="attention" toName="image"><Label value="Attention"/></BrushLabels>
+  <BrushLabels name="classes" toName="image" model_heatmap="classes"><Label value="Tumour"/><Label value="Stroma"/></BrushLabels>
+</View>"""
+
+
+def test_a_tile_head_paints_each_tile_with_its_most_probable_class_and_attention_stays():
+    result = synthetic_result()
+    n = len(result.bag)
+    p = np.full((n, 2), 0.1, np.float32)
+    p[: n // 2, 1], p[n // 2 :, 1] = 0.9, 0.2
+    p[:, 0] = 1 - p[:, 1]
+    learnt = Learnt(tiles=(TileClasses("tiles", ("Tumour", "Stroma"), p),))
+    size = (1000, 750)
+    prediction = predict(result, CLASSES, image_size=size, learnt=learnt)
+    brushes = by_type(prediction, "brushlabels")
+    assert [region["value"]["brushlabels"] for region in brushes] == [["Attention"], ["Tumour"], ["Stroma"]]
+    check_prediction(prediction, CLASSES, size)
+    alpha = {r["value"]["brushlabels"][0]: rle.decode(r["value"]["rle"]).reshape(750, 1000, 4)[..., 3] for r in brushes}
+    centres = (result.bag.coords + result.bag.tile_size_level0 / 2) / np.array(result.bag.slide_size) * np.array(size)
+    x, y = np.floor(centres).astype(int).T
+    stroma = np.arange(n) < n // 2
+    assert (alpha["Stroma"][y, x] > 0).tolist() == stroma.tolist()
+    assert (alpha["Tumour"][y, x] > 0).tolist() == (~stroma).tolist()
+    assert alpha["Stroma"][y[0], x[0]] > alpha["Tumour"][y[-1], x[-1]], "0.9 is stronger than 0.8"
+
+
+def test_a_brush_for_classes_stays_empty_without_a_head_and_a_head_of_other_classes_leaves_it_alone():
+    other = TileClasses("tiles", ("Tumour", "Necrosis"), np.full((len(synthetic_result().bag), 2), 0.5, np.float32))
+    for learnt in (Learnt(), Learnt(tiles=(other,))):
+        brushes = by_type(predict(synthetic_result(), CLASSES, learnt=learnt), "brushlabels")
+        assert [region["value"]["brushlabels"] for region in brushes] == [["Attention"]]
 
 
 def test_choices_alone_stay_empty_until_a_head_exists_and_the_user_is_told_what_to_add():
@@ -308,7 +354,7 @@ def test_choices_alone_stay_empty_until_a_head_exists_and_the_user_is_told_what_
     with pytest.raises(LabelConfigUnsupported, match="until a head has been trained") as caught:
         predict(synthetic_result(), xml)
     assert "<BrushLabels" in caught.value.hint
-    assert predict(synthetic_result(), xml, head_suggestion=HeadSuggestion("d", "Tumour", 0.7))["score"] == 0.7
+    assert predict(synthetic_result(), xml, learnt=Learnt((HeadSuggestion("d", "Tumour", 0.7),)))["score"] == 0.7
 
 
 def test_top_k_of_zero_with_only_rectangles_is_an_error_and_not_an_empty_prediction():

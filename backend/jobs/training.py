@@ -1,0 +1,93 @@
+"""When a project's heads are trained: after so many annotations or so many seconds, now if asked, once at a time.
+
+One job for each project, ``train-7``: while it waits, further requests join it; while it runs, the next one is written down
+and the job runs once more afterwards, however many asked. Imports neither torch nor scikit-learn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backend.jobs import scripts
+from backend.jobs.queue import BagQueue, job_fields, training_id
+from backend.jobs.queue_overview import answers_or_unavailable
+from backend.jobs.states import JobState
+
+LONGEST_DELAY = 10
+"""A project in which something happens all the time is trained after so many times ``TRAIN_DEBOUNCE_S``, at the latest."""
+
+
+class TrainingQueue:
+    """Requests for training. Every method raises :class:`~backend.errors.QueueUnavailable` when Redis does not answer."""
+
+    def __init__(self, queue: BagQueue) -> None:
+        self._queue = queue
+        self.redis = queue.redis
+        self.settings = queue.settings
+        self._request = self.redis.register_script(scripts.REQUEST_TRAINING)
+
+    @answers_or_unavailable
+    def train_now(self, project: int) -> str:
+        """Train as soon as a worker is free. Returns ``queued``, or ``again`` if it runs now and will run once more."""
+        return self._ask(project, 0, 0)
+
+    @answers_or_unavailable
+    def note_annotations(self, project: int, count: int = 1) -> str:
+        """Annotations were made, changed or deleted: train ``TRAIN_DEBOUNCE_S`` after the last, or now if they are many.
+
+        Returns
+        -------
+        ``scheduled``, ``queued``, or ``again`` if a training runs now and will run once more.
+        """
+        return self._ask(project, count, self.settings.train_debounce_s)
+
+    @answers_or_unavailable
+    def note_slides(self, project: int) -> str:
+        """Slides got results, which are to be ranked among the others: as :meth:`note_annotations`, however many they are."""
+        return self._ask(project, 0, self.settings.train_debounce_s)
+
+    @answers_or_unavailable
+    def begin(self, project: int) -> None:
+        """To be called when a training starts: what was asked until now is answered by it."""
+        self.redis.delete(scripts.training_key(project))
+        self.redis.srem(scripts.TRAIN_AGAIN, project)
+
+    @answers_or_unavailable
+    def resume(self, project: int) -> bool:
+        """Queue what was asked while a training ran; whether there was something. To be called when it has ended."""
+        if not self.redis.sismember(scripts.TRAIN_AGAIN, project):
+            return False
+        # Should we die between the two steps, it runs once too often instead of never.
+        asked = self._ask(project, 0, 0)
+        if asked != "again":
+            self.redis.srem(scripts.TRAIN_AGAIN, project)
+        return asked != "again"
+
+    @answers_or_unavailable
+    def resume_all(self) -> list[int]:
+        """:meth:`resume` for every project: the net under a worker that was killed right after a training."""
+        return [project for name in self.redis.smembers(scripts.TRAIN_AGAIN) if self.resume(project := int(name))]
+
+    @answers_or_unavailable
+    def again(self, project: int) -> bool:
+        """Whether somebody asked for another training since this one started."""
+        return bool(self.redis.sismember(scripts.TRAIN_AGAIN, project))
+
+    def state(self, project: int) -> JobState | None:
+        """Where a project's training stands; ``None`` if none is listed."""
+        return self._queue.state(training_id(project))
+
+    def config_changed(self, project: int, label_config: str) -> bool:
+        """Whether a project's labelling config is another than when this was asked last (the first time it is not)."""
+        return self._config_changed(project, label_config)
+
+    @answers_or_unavailable
+    def _config_changed(self, project: int, label_config: str) -> bool:
+        before = self.redis.getset(scripts.config_key(project), label_config)
+        return before is not None and before.decode() != label_config
+
+    def _ask(self, project: int, count: int, delay_s: float) -> str:
+        job, settings = self._queue.training_job(project), self.settings
+        arguments: list[Any] = [job.id, "train", project, count, settings.train_debounce_n, delay_s, LONGEST_DELAY]
+        answer: bytes = self._request(keys=[scripts.training_key(project)], args=[*arguments, *job_fields(job)])
+        return answer.decode()

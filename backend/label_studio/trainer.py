@@ -1,0 +1,317 @@
+"""A training: annotations → heads → a new model version → every slide of the project scored, pushed and ranked anew.
+
+Everything works on stored embeddings, so that it takes seconds. Each step can be repeated: a training that dies is run again from its start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from redis import Redis
+
+from backend.jobs.queue import WaitingTask
+from backend.label_studio.client import TaskGone
+from backend.label_studio.labeling_config import LabelingConfig, parse_config
+from backend.label_studio.learnt import slide_heads
+from backend.label_studio.publisher import services_of
+from backend.label_studio.services import Services
+from backend.label_studio.teaching import Lesson, Progress, Teacher
+from backend.learning.acquisition import choice_like, labelling_order
+from backend.learning.heads import Float64Array, Head, predict
+from backend.learning.labels import TILE_KINDS, SlideLabel, Target
+from backend.learning.registry import HeadSet
+from backend.learning.snapshot import ProjectSnapshot, words, write_snapshot
+from backend.learning.tile_training import fit_tile_head
+from backend.learning.training import TooFewLabels, fit_choice_head, fit_choices_head, fit_number_head
+from backend.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_ISSUES_KEPT = 200
+RANK_FIELDS = ("priority", "novelty", "confidence")
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a training did.
+
+    Attributes
+    ----------
+    version, previous
+        The project's model version now and before.
+    heads
+        The heads in use: control, level, kind, n_labels, calibrated, metrics.
+    too_few
+        What other controls still need, see :meth:`TooFewLabels.as_dict`.
+    issues
+        What taught nothing or less than it seems (the first of them), see :class:`~backend.learning.labels.Issue`.
+    slides, unanalysed, labelled
+        Slides with an embedding, tasks without, and annotated tasks.
+    pushed, ranked
+        Tasks whose prediction was queued for a push, and tasks whose rank was written.
+    """
+
+    project: int
+    version: str
+    previous: str
+    heads: Sequence[Mapping[str, Any]] = ()
+    too_few: Sequence[Mapping[str, Any]] = ()
+    issues: Sequence[Mapping[str, Any]] = ()
+    slides: int = 0
+    unanalysed: int = 0
+    labelled: int = 0
+    pushed: int = 0
+    ranked: int = 0
+
+    @property
+    def message(self) -> str:
+        """One line for people."""
+        heads = ", ".join(f"{head['control']} ({head['n_labels']} labels)" for head in self.heads)
+        needs = " ".join(str(few["message"]) for few in self.too_few)
+        moved = f"{self.previous} → {self.version}" if self.version != self.previous else f"stays {self.version}"
+        parts = [moved, f"heads: {heads}" if heads else "no heads yet", needs]
+        parts.append(f"{self.labelled} of {self.slides + self.unanalysed} slides labelled")
+        parts.append(f"{len(self.issues)} annotations or answers not used" if self.issues else "")
+        return "; ".join(part for part in parts if part)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON, short enough for a job's result."""
+        return {**self.__dict__, "issues": list(self.issues)[:20], "message": self.message}
+
+
+def train_project(settings: Settings, redis: Redis, project: int, progress: Progress) -> dict[str, Any]:
+    """:func:`train` for a worker process, which has settings and a Redis connection."""
+    try:
+        return train(services_of(settings, redis), project, progress).as_dict()
+    except TaskGone:
+        return {"project": project, "message": "the project does not exist (any more) in Label Studio"}
+
+
+@lru_cache(maxsize=2)
+def _teacher_of(services: Services) -> Teacher:
+    return Teacher(services)
+
+
+def train(services: Services, project: int, progress: Progress) -> TrainingReport:
+    """Train the heads of a project on what its annotations say now; see the module.
+
+    Heads are replaced only if something that they depend on has changed; without any label left, none is used.
+
+    Raises
+    ------
+    LabelConfigUnsupported
+        The labelling config cannot be read.
+    LabelStudioUnreachable, LabelStudioError, TaskGone
+        Label Studio is away; refuses; does not know the project.
+    QueueUnavailable
+        Redis does not answer, so nothing can be pushed.
+    """
+    label_config = services.client.label_config(project)
+    services.training.config_changed(project, label_config)
+    config = parse_config(label_config)
+    teacher = _teacher_of(services)
+    lesson = teacher.lesson(project, config, progress)
+    before, old = services.versions.version(project), services.versions.snapshot(project)
+    heads, too_few = _heads(services, project, lesson, teacher, progress)
+    snapshot = _snapshot(services, lesson, config, heads, too_few)
+    write_snapshot(snapshot, services.versions.snapshot_file(project))
+    version = services.versions.version(project)
+    progress("version", 0, 0)
+    services.client.follow_version(project, services.settings.browser_url, version)
+    pushed = _push(services, project, lesson, snapshot, old if version == before else None, version, progress)
+    ranked = _rank(services, project, lesson, snapshot, progress) if services.settings.rank_tasks else 0
+    report = TrainingReport(
+        project=project,
+        version=version,
+        previous=before,
+        heads=snapshot.about["heads"],
+        too_few=snapshot.about["too_few"],
+        issues=snapshot.about["issues"],
+        slides=len(lesson.slides),
+        unanalysed=lesson.unanalysed,
+        labelled=len(lesson.annotated),
+        pushed=pushed,
+        ranked=ranked,
+    )
+    for issue in lesson.issues:
+        log.info(
+            "project=%d task=%d not used (%s): %s %s", project, issue.task_id, issue.code, issue.control, issue.detail
+        )
+    return report
+
+
+# --- fitting --------------------------------------------------------------------------------------------------------
+
+
+def _heads(
+    services: Services, project: int, lesson: Lesson, teacher: Teacher, progress: Progress
+) -> tuple[HeadSet | None, list[dict[str, Any]]]:
+    """The heads in use after this training, and what is missing for others."""
+    registry, versions = services.versions.registry, services.versions
+    digest = lesson.digest(services.model.fingerprint)
+    current, old = versions.heads(project), versions.snapshot(project)
+    if current is not None and old is not None:
+        manifest = next((info.manifest for info in registry.versions(project) if info.current), {})
+        if manifest.get("digest") == digest:
+            return current, list(old.about["too_few"])  # nothing that they depend on has changed
+    heads: list[Head] = []
+    too_few: list[dict[str, Any]] = []
+    progress("fit", 0, len(lesson.targets))
+    for done, target in enumerate(lesson.targets, start=1):
+        fitted = _fit(services, lesson, target, teacher)
+        if isinstance(fitted, Head):
+            heads.append(fitted)
+        elif fitted is not None:
+            too_few.append(fitted.as_dict())
+            log.info("project=%d %s", project, fitted.message)
+        progress("fit", done, len(lesson.targets))
+    if heads:
+        about = {"digest": digest}
+        return registry.add(project, heads, model_version=services.model.model_version, about=about), too_few
+    if current is not None:
+        registry.retire(project)
+        log.info("project=%d has too few labels left: its heads are not used any more", project)
+    return None, too_few
+
+
+def _fit(services: Services, lesson: Lesson, target: Target, teacher: Teacher) -> Head | TooFewLabels | None:
+    fingerprint, least = services.model.fingerprint, services.settings.train_min_labels
+    if target.kind in TILE_KINDS:
+        entries = lesson.tiles.get(target.name)
+        if not entries:
+            return None  # nobody has drawn with it: nothing is missing either
+        pieces = teacher.labelled_tiles(entries)
+        return fit_tile_head(target.name, target.labels, pieces, fingerprint=fingerprint)
+    labels: Sequence[SlideLabel] = lesson.labels.get(target.name, ())
+    slides = [lesson.by_task[label.task_id] for label in labels]
+    x = lesson.embeddings[[slide.row for slide in slides]]
+    common: dict[str, Any] = {
+        "fingerprint": fingerprint,
+        "names": [slide.name for slide in slides],
+        "background": lesson.embeddings if len(lesson.embeddings) else None,
+        "min_labels": least,
+    }
+    values: list[Any] = [label.value for label in labels]
+    if target.kind != "Choices":
+        return fit_number_head(target.name, x, values, rating=target.kind == "Rating", **common)
+    fit: Callable[..., Head | TooFewLabels] = fit_choices_head if target.multiple else fit_choice_head
+    return fit(target.name, target.labels, x, values, **common)
+
+
+# --- scoring --------------------------------------------------------------------------------------------------------
+
+
+def _snapshot(
+    services: Services,
+    lesson: Lesson,
+    config: LabelingConfig,
+    heads: HeadSet | None,
+    too_few: Sequence[Mapping[str, Any]],
+) -> ProjectSnapshot:
+    n = len(lesson.slides)
+    confidence: Float64Array = np.full(n, np.nan)
+    suggestions = [""] * n
+    uncertain: Float64Array | None = None
+    for index, head in enumerate(slide_heads(heads, config) if heads is not None and n else ()):
+        output = predict(head, lesson.embeddings)
+        confidence = np.fmin(confidence, output.confidence)
+        if index == 0:
+            suggestions = [words(value) for value in output.values]
+            uncertain = choice_like(head, output)
+    said: list[dict[str, Any]] = [{} for _ in lesson.slides]
+    for name, labels in lesson.labels.items():
+        for label in labels:
+            value = dict(label.value) if isinstance(label.value, Mapping) else label.value
+            said[lesson.by_task[label.task_id].row][name] = value
+    annotated = np.array([slide.task in lesson.annotated for slide in lesson.slides], dtype=np.bool_)
+    names = [slide.name for slide in lesson.slides]
+    order = labelling_order(lesson.embeddings, annotated, uncertain, names=names)
+    labelled = np.array([row for row, values in enumerate(said) if values], dtype=np.int64)
+    about = {
+        "version": heads.version if heads is not None else services.model.model_version,
+        "fingerprint": services.model.fingerprint,
+        "created_at": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "heads": [_about(head) for head in heads.heads.values()] if heads is not None else [],
+        "too_few": [dict(few) for few in too_few],
+        "issues": [issue.as_dict() for issue in lesson.issues[:_ISSUES_KEPT]],
+        "unanalysed": lesson.unanalysed,
+    }
+    return ProjectSnapshot(
+        about=about,
+        tasks=np.array([slide.task for slide in lesson.slides], dtype=np.int64),
+        keys=tuple(slide.key for slide in lesson.slides),
+        names=tuple(names),
+        labels=tuple(said),
+        suggestions=tuple(suggestions),
+        confidence=confidence,
+        priority=order.priority,
+        novelty=order.novelty,
+        cluster=order.cluster,
+        labelled=labelled,
+        embeddings=lesson.embeddings[labelled],
+    )
+
+
+def _about(head: Head) -> dict[str, Any]:
+    return {
+        "control": head.control,
+        "level": head.level,
+        "kind": head.kind,
+        "n_labels": head.n_labels,
+        "calibrated": head.calibrated,
+        "metrics": dict(head.metrics),
+    }
+
+
+def _push(
+    services: Services,
+    project: int,
+    lesson: Lesson,
+    snapshot: ProjectSnapshot,
+    old: ProjectSnapshot | None,
+    version: str,
+    progress: Progress,
+) -> int:
+    """Queue a push for every task; with ``old``, of the same version, only for those that it did not place, or placed elsewhere."""
+    rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
+    waiting = [
+        (lesson.slides[row].key, WaitingTask(project, lesson.slides[row].task, "", version))
+        for row in rows.tolist()
+        if old is None or old.cluster_of(lesson.slides[row].task) != int(snapshot.cluster[row])
+    ]
+    for done, (key, task) in enumerate(waiting, start=1):
+        services.queue.put_back_waiting(key, [task])
+        services.queue.enqueue_publish(key)
+        progress("push", done, len(waiting))
+    return len(waiting)
+
+
+def _rank(services: Services, project: int, lesson: Lesson, snapshot: ProjectSnapshot, progress: Progress) -> int:
+    """Write ranks into the tasks' data, the most urgent first; stops where a newer training waits, which does it anyway."""
+    rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
+    written = 0
+    for done, row in enumerate(rows.tolist(), start=1):
+        slide = lesson.slides[row]
+        sure = float(snapshot.confidence[row])
+        wanted = {
+            "priority": int(snapshot.priority[row]) or None,  # labelled: no rank, which the Data Manager sorts last
+            "novelty": round(float(snapshot.novelty[row]), 3),
+            "confidence": None if np.isnan(sure) else round(sure, 3),
+        }
+        if all(slide.data.get(name) == value for name, value in wanted.items()):
+            continue
+        if done % 20 == 0 and services.training.again(project):
+            log.info("project=%d: %d ranks left to the training that waits", project, len(rows) - done)
+            break
+        try:
+            written += services.client.merge_task_data(slide.task, wanted)
+        except TaskGone:
+            log.info("project=%d task=%d was deleted meanwhile", project, slide.task)
+        progress("rank", done, len(rows))
+    return written
