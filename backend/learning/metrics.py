@@ -1,7 +1,8 @@
 """How good a head is, with intervals; every number from answers to labels that the answering model had not seen.
 
 Intervals hold 95 %: percentile bootstrap over slides (Efron & Tibshirani 1993) for all but a class's recall on slides, which is a proportion of independent
-trials (Wilson 1927).
+trials (Wilson 1927), and the balanced accuracy on slides, the mean of such proportions (Zou & Donner 2008): a head that is right about every one of a
+few slides would have a bootstrap interval without width.
 """
 
 from __future__ import annotations
@@ -31,6 +32,14 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_of_proportions(hits: Int64Array, counts: Int64Array) -> tuple[float, float]:
+    """The 95 % interval of the mean of independent proportions, from their score intervals (Zou & Donner 2008); each count is at least 1."""
+    parts = hits / counts
+    limits = np.array([wilson(int(h), int(n)) for h, n in zip(hits, counts, strict=True)])
+    down, up = np.sqrt(((parts - limits[:, 0]) ** 2).sum()), np.sqrt(((limits[:, 1] - parts) ** 2).sum())
+    return max(0.0, float(parts.mean() - down / len(parts))), min(1.0, float(parts.mean() + up / len(parts)))
 
 
 def weighted_auroc(scores: Float64Array, positive: npt.NDArray[np.bool_]) -> Callable[[Float64Array], float]:
@@ -110,6 +119,9 @@ def choice_metrics(
         return [*overall, *recall.tolist(), *precision.tolist(), *auroc.tolist()]
 
     rows = _with_intervals(measure, len(labels), groups, bootstraps, seed)
+    if groups is None and rows[0] is not None:
+        hits_of = np.bincount(labels[right], minlength=k)[tested]
+        rows[0] = [rows[0][0], *mean_of_proportions(hits_of, counts[tested])]
     per_class: dict[str, Any] = {}
     for c, name in enumerate(classes):
         recall = rows[4 + c]

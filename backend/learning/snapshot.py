@@ -159,7 +159,8 @@ def read_snapshot(path: Path) -> ProjectSnapshot | None:
         The file is something else.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, because NumPy leaves a damaged file that it opened itself open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             head = json.loads(file["head"].tobytes().decode())
             if head["format"] != _FORMAT:
                 raise ValueError(f"format {head['format']}, this release reads {_FORMAT}")

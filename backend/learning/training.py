@@ -164,9 +164,7 @@ def fit_choices_head(
     out and listed in ``metrics["unseen"]``; with none left there is no head. Metrics are per choice, in ``metrics["choices"]``.
     """
     _check(embeddings, labels, names, background)
-    mean, scale = _standardisation(embeddings, background)
-    x = _standardised(embeddings, mean, scale)
-    fits: dict[str, LogisticFit] = {}
+    known: dict[str, tuple[Int64Array, Int64Array]] = {}
     chosen: dict[str, int] = {}
     missing: dict[str, int] = {}
     for name in classes:
@@ -177,12 +175,17 @@ def fit_choices_head(
         if short or len(labels) < min_labels:
             missing[name] = max(short, min_labels - len(labels))
             continue
-        fits[name] = fit_logistic(x[rows], y, ("no", "yes"), seed=seed)
+        known[name] = rows, y
         chosen[name] = yes
-    if not fits:
+    if not known:
         fewest = min(missing.values(), default=0)
         text = f"'{control}': {fewest} more labelled slides at least, so that some choice is known chosen and not chosen twice each."
         return TooFewLabels(control, "slide", len(labels), missing, text)
+    mean, scale = _standardisation(embeddings, background)
+    x = _standardised(embeddings, mean, scale)
+    fits: dict[str, LogisticFit] = {
+        name: fit_logistic(x[rows], y, ("no", "yes"), seed=seed) for name, (rows, y) in known.items()
+    }
     kept = list(fits.values())
     return Head(
         control=control,

@@ -6,8 +6,7 @@ import base64
 import contextlib
 import hmac
 import logging
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
@@ -23,12 +22,15 @@ from backend.label_studio.services import Services
 from backend.web.assets import PanelAssets
 from backend.web.body_limit import BodyLimit
 from backend.web.cors import PicturesForAll
-from backend.web.metrics import REQUESTS, SECONDS, render_metrics
+from backend.web.metrics import Measured, render_metrics
 from backend.web.overview import OverviewData, overview_router
 from backend.web.panel_routes import Panel, panel_router
 from backend.web.results import results_router
 
 log = logging.getLogger(__name__)
+
+WEBHOOK_MAX_BYTES = 16_000_000
+"""Only its action and project are read; an annotation with a painted slide takes a few megabytes."""
 
 
 def create_app(services: Services) -> FastAPI:
@@ -51,7 +53,8 @@ def create_app(services: Services) -> FastAPI:
         lifespan=lifespan,
     )
     app.add_middleware(PicturesForAll)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, paths={"/webhook": WEBHOOK_MAX_BYTES})
+    app.add_middleware(Measured)
     app.include_router(label_studio_router(services, _basic_auth(services)))
     app.include_router(results_router(services, _basic_auth(services)))
     app.include_router(panel_router(panel, assets))
@@ -64,15 +67,6 @@ def create_app(services: Services) -> FastAPI:
         """Prometheus metrics."""
         body, content_type = await anyio.to_thread.run_sync(lambda: render_metrics(services))
         return Response(body, media_type=content_type)
-
-    @app.middleware("http")
-    async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        started = time.perf_counter()
-        response = await call_next(request)
-        route = getattr(request.scope.get("route"), "path", "other")
-        REQUESTS.labels(route, str(response.status_code)).inc()
-        SECONDS.labels(route).observe(time.perf_counter() - started)
-        return response
 
     @app.exception_handler(BackendError)
     async def backend_error(request: Request, error: Exception) -> JSONResponse:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 once a body is longer than ``max_bytes``."""
+    """ASGI middleware: answers 413 once a body is longer than ``max_bytes``, or than what ``paths`` says of its path, if that is less."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, paths: Mapping[str, int] | None = None) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._paths = paths or {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        limit = min(self._max_bytes, self._paths.get(scope["path"], self._max_bytes))
         length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._max_bytes:
-            await self._drain(receive, 0)
-            await self._refuse(send)
+        if length.isdigit() and int(length) > limit:
+            await self._drain(receive, 0, limit)
+            await self._refuse(send, limit)
             return
         seen = 0
         over = refused = False
@@ -30,10 +33,10 @@ class BodyLimit:
             nonlocal seen, over
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self._max_bytes:
+            if seen > limit:
                 over = True
                 if message.get("more_body"):
-                    await self._drain(receive, seen)
+                    await self._drain(receive, seen, limit)
                 raise _TooLong
             return message
 
@@ -44,26 +47,27 @@ class BodyLimit:
                 await send(message)
             elif not refused:
                 refused = True
-                await self._refuse(send)
+                await self._refuse(send, limit)
 
         try:
             await self._app(scope, counted, watched)
         except _TooLong:
             if not refused:
-                await self._refuse(send)
+                await self._refuse(send, limit)
 
-    async def _drain(self, receive: Receive, seen: int) -> None:
+    async def _drain(self, receive: Receive, seen: int, limit: int) -> None:
         """Read the rest and forget it, up to four times the limit: a client that is still sending would not see an answer."""
-        while seen <= 4 * self._max_bytes:
+        while seen <= 4 * limit:
             message = await receive()
             seen += len(message.get("body", b""))
             if message["type"] != "http.request" or not message.get("more_body"):
                 return
 
-    async def _refuse(self, send: Send) -> None:
+    async def _refuse(self, send: Send, limit: int) -> None:
         body = json.dumps(
             {
-                "detail": f"The request's body is over {self._max_bytes} bytes (MAX_BODY_BYTES).",
+                "detail": f"The request's body is over {limit} bytes"
+                + (" (MAX_BODY_BYTES)." if limit == self._max_bytes else "."),
                 "error": {"code": "body_too_large"},
             }
         ).encode()

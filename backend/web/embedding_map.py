@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.label_studio.services import Services
+from backend.learning.snapshot import ProjectSnapshot, words
 from backend.results.bag import Float32Array
 
 MAX_SLIDES = 5000
@@ -49,26 +52,67 @@ class _Seen:
     tiles: int
 
 
+@dataclass(frozen=True)
+class Said:
+    """What is known of a slide: its label in words, whether only a head says so, that head's confidence, and in which project."""
+
+    label: str
+    suggested: bool
+    confidence: float | None
+    project: int
+
+
+def said_of(project: int, snapshot: ProjectSnapshot) -> dict[str, Said]:
+    """By bag key, what annotators say of the slides of a snapshot, else what its main head suggests."""
+    heads = [head["control"] for head in snapshot.about.get("heads", ()) if head["level"] == "slide"]
+    found: dict[str, Said] = {}
+    for row, key in enumerate(snapshot.keys):
+        labels = snapshot.labels[row]
+        # The answer to what the main head answers too, so that labels and suggestions are of one kind.
+        asked = next((name for name in heads[:1] if name in labels), next(iter(labels), None))
+        sure = float(snapshot.confidence[row])
+        said = Said(
+            label=snapshot.suggestions[row] if asked is None else words(labels[asked]),
+            suggested=asked is None,
+            confidence=None if math.isnan(sure) else round(sure, 4),
+            project=project,
+        )
+        if said.label and (key not in found or found[key].suggested):  # several tasks may show one slide
+            found[key] = said
+    return found
+
+
 class EmbeddingMap:
-    """The map of what is stored. Each result is read once; the map is computed again when there are others."""
+    """The map of what is stored. Each result is read once; the map is computed again when there are others, or something was learnt."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self._seen: dict[str, _Seen] = {}
         self._made: tuple[frozenset[str], dict[str, Any]] | None = None
+        self._told: tuple[dict[str, Any], Sequence[ProjectSnapshot], dict[str, Any]] | None = None
         self._lock = threading.Lock()
 
     def as_json(self) -> dict[str, Any]:
-        """``points`` (key, x, y, slide, tiles, url), ``explained`` (part of the variance of x and of y), ``left_out`` (how many).
+        """``points`` (key, x, y, slide, tiles, url; label, suggested, confidence, project), ``explained`` (part of the variance of x and
+        of y), ``left_out`` (how many).
 
-        Left out are slides beyond :data:`MAX_SLIDES`; embeddings of other models than the current one cannot be compared, and are
-        not counted.
+        ``label`` is what annotators say, or with ``suggested`` a head; '' where nothing is said. Of several projects that have a slide, annotators
+        go before heads, and the newest training before others. Left out are slides beyond :data:`MAX_SLIDES`; embeddings of
+        other models than the current one cannot be compared, and are not counted.
         """
         with self._lock:
             keys = frozenset(self._services.store.keys())
             if self._made is None or self._made[0] != keys:
                 self._made = (keys, self._make(keys))
-            return self._made[1]
+            made = self._made[1]
+            versions = self._services.versions
+            found = {p: snapshot for p in sorted(versions.projects()) if (snapshot := versions.snapshot(p)) is not None}
+            # A snapshot is the same object for as long as its file is the same.
+            snapshots = list(found.values())
+            told = self._told
+            if told is None or told[0] is not made or not _same(told[1], snapshots):
+                told = self._told = (made, snapshots, _with_labels(made, found.items()))
+            return told[2]
 
     def _make(self, keys: frozenset[str]) -> dict[str, Any]:
         fingerprint = self._services.model.fingerprint
@@ -105,3 +149,24 @@ class EmbeddingMap:
             for key, (x, y) in zip(shown, plane, strict=True)
         ]
         return {"points": points, "explained": list(explained), "left_out": left_out}
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
+
+
+def _with_labels(made: dict[str, Any], snapshots: Iterable[tuple[int, ProjectSnapshot]]) -> dict[str, Any]:
+    """The map with what is known of its slides."""
+    known: dict[str, Said] = {}
+    for project, snapshot in sorted(snapshots, key=lambda item: str(item[1].about.get("created_at")), reverse=True):
+        for key, said in said_of(project, snapshot).items():
+            if key not in known or (known[key].suggested and not said.suggested):
+                known[key] = said
+    points = []
+    for point in made["points"]:
+        about = known.get(point["key"])
+        more: dict[str, Any] = {"label": "", "suggested": False, "confidence": None, "project": None}
+        if about is not None:
+            more = {**about.__dict__, "url": f"{point['url']}?project={about.project}"}
+        points.append({**point, **more})
+    return {**made, "points": points}

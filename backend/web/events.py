@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,11 @@ class StatusHub:
     async def _look(self) -> None:
         while self._bags and not self._closed.is_set():
             keys = list(self._bags)
-            found = await anyio.to_thread.run_sync(read_statuses, self._services, keys)
+            # A result stays: a store that lies elsewhere is not asked each second for what was there the second before.
+            stored = {
+                key for key, bag in self._bags.items() if bag.status is not None and bag.status["phase"] == "done"
+            }
+            found = await anyio.to_thread.run_sync(read_statuses, self._services, keys, stored)
             for key, status in found.items():
                 bag = self._bags.get(key)
                 if bag is not None and bag.status != status:
@@ -99,8 +103,11 @@ class StatusHub:
             await asyncio.sleep(LOOK_EVERY_S)
 
 
-def read_statuses(services: Services, keys: Iterable[str]) -> dict[str, Status]:
-    """Where each bag stands, as :func:`status_of` says it; phase ``unavailable`` where Redis does not answer."""
+def read_statuses(services: Services, keys: Iterable[str], stored: Collection[str] = frozenset()) -> dict[str, Status]:
+    """Where each bag stands, as :func:`status_of` says it; phase ``unavailable`` where Redis does not answer.
+
+    ``stored``: keys that are known to have a result, for which the store is not asked.
+    """
     keys = list(keys)
     try:
         states = services.queue.states(keys)
@@ -108,7 +115,7 @@ def read_statuses(services: Services, keys: Iterable[str]) -> dict[str, Status]:
     except BackendError as error:
         log.warning("panels cannot be told where their jobs stand: %s", error)
         return {key: _unavailable(services, key, error) for key in keys}
-    return {key: _guarded(services, key, states.get(key), marks[key]) for key in keys}
+    return {key: _guarded(services, key, states.get(key), marks[key], known=key in stored) for key in keys}
 
 
 def status_of(state: JobState | None, marks: Watched, *, stored: bool, label_studio_url: str) -> Status:
@@ -147,10 +154,10 @@ def status_of(state: JobState | None, marks: Watched, *, stored: bool, label_stu
     return {"phase": phase, "job": job, "pushes": pushes, "waiting": list(marks.waiting), "error": None}
 
 
-def _guarded(services: Services, key: str, state: JobState | None, marks: Watched) -> Status:
+def _guarded(services: Services, key: str, state: JobState | None, marks: Watched, *, known: bool) -> Status:
     busy = state is not None and state.status in ("queued", "started")
     try:
-        stored = not busy and services.store.has(key)
+        stored = not busy and (known or services.store.has(key))
     except OSError as error:
         log.warning("the store cannot be asked for %s: %s", key, error)
         message = {"code": "store_unavailable", "message": f"The result store does not answer: {error}.", "hint": ""}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     REGISTRY,
@@ -11,6 +13,7 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend.errors import QueueUnavailable
 from backend.label_studio.services import Services
@@ -22,6 +25,43 @@ SECONDS = Histogram(
     ["route"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 60),
 )
+
+
+class Measured:
+    """ASGI middleware: counts each request by route and status, and times it until its answer begins.
+
+    Starlette's own way, a function around the request, starts a task and two queues for each: a quarter of a millisecond.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        counted = False
+
+        def count(status: int) -> None:
+            nonlocal counted
+            counted = True
+            # The router has written its route into the scope by now; addresses that are nowhere share one name.
+            route = getattr(scope.get("route"), "path", "other")
+            REQUESTS.labels(route, str(status)).inc()
+            SECONDS.labels(route).observe(time.perf_counter() - started)
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                count(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            if not counted:
+                count(500)  # what a defect is answered with, further out
+            raise
 
 
 def render_metrics(services: Services) -> tuple[bytes, str]:

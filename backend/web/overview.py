@@ -16,11 +16,13 @@ from pydantic import BaseModel, Field
 from backend.errors import BackendError, OriginRefused, ResultNotFound
 from backend.jobs.pushes import job_counts
 from backend.jobs.states import Status
+from backend.label_studio.predictor import MAX_PROJECT
 from backend.label_studio.services import Services
 from backend.results.bag import SLIDE_REF
 from backend.slides.source import SlideRef
 from backend.web.assets import PanelAssets, page_headers
 from backend.web.embedding_map import EmbeddingMap
+from backend.web.project_extras import ProjectLearning
 from backend.web.signing import SlideSigner
 
 PROJECTS_KEPT_S = 15.0
@@ -30,7 +32,7 @@ MAX_JOBS = 1000
 Limit = Annotated[int, Query(ge=1, le=MAX_JOBS, description="How many jobs to list.")]
 
 ProjectExtras = Callable[[int], Mapping[str, Any]]
-"""From a project's number to more members of its JSON: ``curve``, ``[{"labelled": int, "score": float, "model_version": str}, …]``."""
+"""From a project's number to more members of its JSON, see :class:`~backend.web.project_extras.ProjectLearning`."""
 
 
 class Worker(BaseModel):
@@ -87,7 +89,7 @@ class Projects(BaseModel):
     """The projects of Label Studio that this model's predictions count in."""
 
     projects: list[dict[str, Any]] = Field(
-        description="id, title, url, tasks, labelled, predictions; `curve` if heads were trained."
+        description="id, title, url, tasks, labelled, predictions; and of its learning version, heads, curve, too_few, training."
     )
     problem: str = Field("", description="Why they are not known, if they are not.")
 
@@ -96,24 +98,27 @@ class SlideMap(BaseModel):
     """Every analysed slide in the plane of the two principal components of the embeddings."""
 
     points: list[dict[str, Any]] = Field(
-        description="key, x, y, slide, tiles, url; label and confidence once heads exist."
+        description="key, x, y, slide, tiles, url; label, suggested (no annotator said it) and confidence once something was learnt."
     )
     explained: list[float] = Field(description="Part of the variance along x and along y.")
     left_out: int = Field(description="Slides beyond the most that the map shows.")
 
 
-def no_project_extras(project: int) -> Mapping[str, Any]:  # noqa: ARG001
-    """Nothing more."""
-    return {}
+def _site(origin: str) -> str | None:
+    """Host and port of an ``Origin`` header; ``None`` if it is not one."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 class OverviewData:
     """What the overview's routes share."""
 
-    def __init__(self, services: Services, project_extras: ProjectExtras = no_project_extras) -> None:
+    def __init__(self, services: Services, project_extras: ProjectExtras | None = None) -> None:
         self._services = services
-        self._extras = project_extras
-        self._projects: tuple[float, Projects] | None = None
+        self._extras = ProjectLearning(services) if project_extras is None else project_extras
+        self._asked: tuple[float, list[dict[str, Any]], str] | None = None
         self._lock = threading.Lock()
         self.map = EmbeddingMap(services)
 
@@ -142,23 +147,22 @@ class OverviewData:
         )
 
     def projects(self) -> Projects:
-        """The projects, asked of Label Studio now or a moment ago."""
+        """The projects, asked of Label Studio now or a moment ago, with what they have learnt until now."""
         with self._lock:
             now = time.monotonic()
-            if self._projects is None or now - self._projects[0] > PROJECTS_KEPT_S:
-                self._projects = (now, self._ask())
-            return self._projects[1]
+            if self._asked is None or now - self._asked[0] > PROJECTS_KEPT_S:
+                self._asked = (now, *self._ask())
+            _, found, problem = self._asked
+        return Projects(projects=[{**p, **self._extras(int(p["id"]))} for p in found], problem=problem)
 
-    def _ask(self) -> Projects:
+    def _ask(self) -> tuple[list[dict[str, Any]], str]:
         services = self._services
         try:
             found = services.client.projects_of_model(services.model.model_version)
         except BackendError as error:
-            return Projects(projects=[], problem=str(error))
+            return [], str(error)
         base = services.settings.label_studio_browser_url
-        return Projects(
-            projects=[{**p, "url": f"{base}/projects/{p['id']}/data", **self._extras(int(p["id"]))} for p in found]
-        )
+        return [{**p, "url": f"{base}/projects/{p['id']}/data"} for p in found], ""
 
     def slide_ref(self, key: str) -> SlideRef:
         """Where the slide of a bag lies: from its stored result, or from its job.
@@ -209,16 +213,16 @@ def overview_router(
         return SlideMap(**data.map.as_json())
 
     @router.get("/slides/{key}", response_class=RedirectResponse, status_code=307)
-    def slide(key: str) -> RedirectResponse:
-        """To the panel of a bag's slide, under a signature made for it."""
-        return RedirectResponse(f"/panel?slide={signer.token(data.slide_ref(key))}")
+    def slide(key: str, project: Annotated[int | None, Query(ge=0, lt=MAX_PROJECT)] = None) -> RedirectResponse:
+        """To the panel of a bag's slide, under a signature made for it, and for the project whose heads are to speak there."""
+        return RedirectResponse(f"/panel?slide={signer.token(data.slide_ref(key), project)}")
 
     @router.post("/api/jobs/{key}/retry")
     def retry(key: str, request: Request, origin: Annotated[str | None, Header()] = None) -> dict[str, Any]:
         """Run a failed job again, whatever it failed of."""
         # A browser adds the password to any site's request; it also says which site that was.
         ours = {request.headers.get("host", ""), urlsplit(settings.browser_url).netloc}
-        if origin is not None and urlsplit(origin).netloc not in ours:
+        if origin is not None and _site(origin) not in ours - {""}:
             raise OriginRefused(f"A page of {origin} may not do this.", hint="Use the overview of this backend.")
         return services.queue.retry(key).as_dict()
 

@@ -25,18 +25,16 @@ from backend.web.deepzoom import OVERLAP_PX, TILE_PX
 HEATMAP_PX = 1600
 _KEPT_RESULTS = 16
 
-Extras = Callable[[str, BagResult | None], Mapping[str, Any]]
-"""From a bag key and its result, if there is one, to more members of the panel's JSON.
+Extras = Callable[[int | None, str, BagResult | None], Mapping[str, Any]]
+"""From the address's project, a bag key and its result, if there is one, to more members of the panel's JSON.
 
-``suggestion``: ``{"choices": [{"label": str, "confidence": float}, …], "model_version": str}``, the most confident first, confidence in
-[0, 1]. ``similar``: ``[{"name": str, "label": str, "similarity": float, "panel": str, "picture": str}, …]``, the nearest first;
-``panel`` and ``picture`` are addresses. The page shows what is there and nothing in place of what is not.
+``suggestion``: ``model_version``, and ``controls``, one for each trained control: ``control``, ``kind`` (``choice``, ``choices``, ``number``,
+``rating``), ``value``, ``confidence`` in [0, 1], ``choices`` (``{"label", "confidence"}``, the most confident first; empty for numbers),
+``tolerance`` (of a number: the confidence is that of being so near), ``calibrated``, and ``labels``, how many it learnt from.
+``similar``: ``[{"name": str, "label": str, "similarity": float, "panel": str, "picture": str}, …]``, the nearest first; ``panel`` and
+``picture`` are addresses, '' where there is none. ``learning``: lines that say what training needs. The page shows what is there and
+nothing in place of what is not.
 """
-
-
-def no_extras(key: str, result: BagResult | None) -> Mapping[str, Any]:  # noqa: ARG001
-    """Nothing more."""
-    return {}
 
 
 class ShownResults:

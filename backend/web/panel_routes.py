@@ -21,12 +21,12 @@ from backend.web.panel_data import (
     Extras,
     ShownResults,
     heatmap_picture,
-    no_extras,
     result_json,
     slide_json,
     slide_name,
     weights_block,
 )
+from backend.web.panel_extras import LearntExtras
 from backend.web.signing import SlideSigner
 from backend.web.slide_cache import SlideCache
 
@@ -43,10 +43,10 @@ Tag = Annotated[str | None, Header(alias="if-none-match")]
 class Panel:
     """What the panel's routes share: open slides, cut tiles, results, the hub of events."""
 
-    def __init__(self, services: Services, extras: Extras = no_extras) -> None:
+    def __init__(self, services: Services, extras: Extras | None = None) -> None:
         self.services = services
-        self.extras = extras
         self.signer = SlideSigner(services.settings.model_dir)
+        self.extras = LearntExtras(services, self.signer) if extras is None else extras
         self.slides = SlideCache(services.settings, services.resolver)
         self.deepzoom = DeepZoom(self.slides)
         self.results = ShownResults(services)
@@ -81,7 +81,7 @@ class Panel:
             "status": status,
             "result": result_json(result) if result else None,
         }
-        return {**shown, **self.extras(key, result)}
+        return {**shown, **self.extras(signed.project, key, result)}
 
 
 def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:

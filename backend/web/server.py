@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -42,15 +43,22 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._app.state.panel.hub.close()
+        if self._on_shutdown is not None:
+            self._on_shutdown()
         await super().shutdown(sockets)
 
-    def __init__(self, app: FastAPI, config: uvicorn.Config) -> None:
+    def __init__(self, app: FastAPI, config: uvicorn.Config, on_shutdown: Callable[[], None] | None) -> None:
         super().__init__(config)
         self._app = app
+        self._on_shutdown = on_shutdown
 
 
-def make_server(services: Services) -> uvicorn.Server:
-    """A uvicorn server for the application; it logs through the root logger, without a line for each request."""
+def make_server(services: Services, on_shutdown: Callable[[], None] | None = None) -> uvicorn.Server:
+    """A uvicorn server for the application; it logs through the root logger, without a line for each request.
+
+    ``on_shutdown`` is called when it is told to end, before it waits for the answers that are under way. After a signal, uvicorn raises that
+    signal again: whoever has to clean up needs a handler for it.
+    """
     app = create_app(services)
     return _Server(
         app,
@@ -62,6 +70,7 @@ def make_server(services: Services) -> uvicorn.Server:
             timeout_keep_alive=75,
             server_header=False,
         ),
+        on_shutdown,
     )
 
 

@@ -44,8 +44,11 @@ class Backend:
 
 
 @contextmanager
-def running_backend(label_studio: Studio, stand_in: Path, folder: Path) -> Iterator[Backend]:
-    """A backend that keeps everything below ``folder``; slides may lie in ``folder/slides`` and among the real ones."""
+def running_backend(label_studio: Studio, stand_in: Path, folder: Path, **more: str) -> Iterator[Backend]:
+    """A backend that keeps everything below ``folder``; slides may lie in ``folder/slides`` and among the real ones.
+
+    ``more`` are further settings, by the names of their variables.
+    """
     (folder / "slides").mkdir()
     model_dir = folder / "state"
     (model_dir / "cache" / "models").mkdir(parents=True)
@@ -61,6 +64,7 @@ def running_backend(label_studio: Studio, stand_in: Path, folder: Path) -> Itera
         "LABEL_STUDIO_API_KEY": label_studio.token,
         "DEVICES": "cpu",
         "PREDICT_WAIT_S": "1",
+        **more,
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():

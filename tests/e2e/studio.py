@@ -148,26 +148,31 @@ class Editor:
             The editor shows an error instead, or nothing at all after an uncaught exception.
         """
         whole_task = re.compile(rf"/api/tasks/{task}/?(\?|$)")
-        # A new project counts the predictions of its version only after a moment: a person would open the task again.
-        for _ in range(5):
+        # Now and then Label Studio's editor comes up without what its server has just sent (a new project counts the predictions of its
+        # version only after a moment, and the editor sometimes draws its first, short form of the task and stays with it). A person
+        # would open the task again, so that is done here, a few times.
+        seen: list[str] = []
+        for wait_s in (timeout_s / 3, timeout_s / 3, timeout_s):
             with self.page.expect_response(whole_task, timeout=timeout_s * 1000) as answer:
                 self.page.goto(self.studio.task_url(project, task))
             assert answer.value.ok, f"opening task {task}: {answer.value.status} {answer.value.text()[:2000]}"
             predictions = len(answer.value.json()["predictions"])
-            if predictions or not regions:
+            if regions and not predictions:
+                seen.append("no predictions were sent")
+                self.page.wait_for_timeout(3000)
+                continue
+            try:
+                self.page.wait_for_function(SETTLED, arg=[predictions, regions], timeout=wait_s * 1000)
                 break
-            self.page.wait_for_timeout(2000)
-        try:
-            self.page.wait_for_function(SETTLED, arg=[predictions, regions], timeout=timeout_s * 1000)
-        except PlaywrightTimeout:
-            # Now and then the exception comes at a moment that leaves the editor empty, without its error box.
-            if thrown := [problem for problem in self.problems if problem.startswith("exception: ")]:
-                raise EditorCrashed("; ".join(thrown)) from None
+            except PlaywrightTimeout:
+                # Now and then the exception comes at a moment that leaves the editor empty, without its error box.
+                if thrown := [problem for problem in self.problems if problem.startswith("exception: ")]:
+                    raise EditorCrashed("; ".join(thrown)) from None
+                shown = self.page.evaluate("() => window.Htx?.annotationStore?.selected?.regions.length")
+                seen.append(f"{predictions} predictions were sent, {shown} regions shown")
+        else:
             picture = self.screenshot(f"not-settled-{task}")
-            shown = self.page.evaluate("() => window.Htx?.annotationStore?.selected?.regions.length")
-            raise AssertionError(
-                f"task {task}: {regions} regions expected, {shown} there; see {picture}; problems: {self.problems}"
-            ) from None
+            raise AssertionError(f"task {task}, {regions} regions expected: {seen}; see {picture}; {self.problems}")
         if crash := self.crash():
             raise EditorCrashed(crash)
 

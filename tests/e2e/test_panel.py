@@ -471,6 +471,6 @@ def test_a_point_of_the_map_opens_its_slide(
     page.goto(backend.url)
     point = page.locator("#map a", has=page.locator("title", has_text="second.tif"))
     expect(point).to_be_visible(timeout=30_000)
-    point.locator("circle").click(force=True)
+    point.locator(".mark").click(force=True)
     expect(page.locator("#name")).to_have_text("second.tif", timeout=30_000)
     expect(page.locator("#phase")).to_have_text("analysed")

@@ -33,6 +33,13 @@ def test_the_annotators_polygons_are_left_to_them(name):
     assert config.active("PolygonLabels") == ()
 
 
+def test_the_class_map_of_the_regions_template_offers_what_is_drawn():
+    config = parse_config(load_template("regions"))
+    drawn, said = config.control("tiles"), config.control("classes")
+    assert said.labels == drawn.labels and drawn.skip
+    assert (said.heatmap, config.control("attention").heatmap) == ("classes", "alpha")
+
+
 def test_an_unknown_template_is_named_with_those_that_exist():
     with pytest.raises(LabelConfigUnsupported, match=r"'pretty'.*bands, patches, plain, regions, triage"):
         load_template("pretty")

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from backend.errors import EmbeddingInvalid, HeadMismatch
 from backend.learning.heads import Head, predict, probabilities, uncalibrated_probabilities
-from backend.learning.metrics import expected_calibration_error, weighted_auroc, wilson
+from backend.learning.metrics import expected_calibration_error, mean_of_proportions, weighted_auroc, wilson
 from backend.learning.training import TooFewLabels, fit_choice_head, fit_choices_head, fit_number_head
 
 CLASSES = ("normal", "tumour", "necrosis")
@@ -157,6 +157,25 @@ def test_intervals_contain_the_value_and_shrink_with_labels() -> None:
         assert set(head.metrics["per_class"]) == {"normal", "tumour"}
     width = [head.metrics["balanced_accuracy"][2] - head.metrics["balanced_accuracy"][1] for head in (few, many)]
     assert width[1] < width[0]
+
+
+def test_being_right_about_every_one_of_a_few_slides_is_no_certainty() -> None:
+    x, y = planted(12, apart=30)
+    head = fit_choice_head("d", CLASSES[:2], x, y, fingerprint=PRINT)
+    assert isinstance(head, Head)
+    value, low, high = head.metrics["balanced_accuracy"]
+    assert (value, high) == (1, 1)
+    assert low < 0.85
+
+
+def test_the_interval_of_the_balanced_accuracy_holds_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(3)
+    for recalls in ((0.95, 0.9), (0.7, 0.99, 0.8)):
+        counts = np.array([12, 25, 8][: len(recalls)])
+        drawn = rng.binomial(counts, recalls, size=(2000, len(recalls)))
+        limits = [mean_of_proportions(hits, counts) for hits in drawn]
+        held = np.mean([low <= np.mean(recalls) <= high for low, high in limits])
+        assert 0.91 < held <= 0.995  # hits are whole numbers: no interval holds exactly 95 %
 
 
 def test_confidence_is_how_often_it_is_right() -> None:

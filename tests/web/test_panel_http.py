@@ -188,18 +188,18 @@ def test_the_weights_are_those_of_the_result(opened: Opened) -> None:
 def test_what_heads_say_goes_into_the_panels_json_as_it_is(opened: Opened) -> None:
     """Where heads are trained, one function adds their words; nothing else changes."""
     store_result(opened.services, opened.path)
-    suggestion = {"choices": [{"label": "Tumour", "confidence": 0.81}], "model_version": "head 3"}
-    seen: list[tuple[str, BagResult | None]] = []
+    suggestion = {"controls": [{"control": "grade", "value": 3}], "model_version": "wsc-3f2a1c-h3"}
+    seen: list[tuple[int | None, str, BagResult | None]] = []
 
-    def extras(key: str, result: BagResult | None) -> dict[str, object]:
-        seen.append((key, result))
+    def extras(project: int | None, key: str, result: BagResult | None) -> dict[str, object]:
+        seen.append((project, key, result))
         return {"suggestion": suggestion}
 
     from backend.web.panel_routes import Panel
 
     state = Panel(opened.services, extras).state(opened.token)
     assert state["suggestion"] == suggestion
-    assert seen[0][0] == opened.key and seen[0][1] is not None
+    assert seen[0][:2] == (3, opened.key) and seen[0][2] is not None
 
 
 def test_the_heatmap_picture_changes_when_the_result_is_there(opened: Opened) -> None:

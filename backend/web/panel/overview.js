@@ -1,31 +1,17 @@
 // The overview: what /api/overview, /api/projects and /api/map say, again every few seconds while the page is seen.
+import { element } from "./dom.js";
+import { setUpMap, showMap } from "./map.js";
+import { showProjects } from "./projects.js";
 import { bytes, duration, number, progress, setUpTheme } from "./words.js";
 
 const EVERY_MS = 2000;
 const SLOW_EVERY = 8; // projects and map change seldom: once in so many rounds
 const LISTED = 100;
 const STATUSES = { queued: "waiting", started: "running", finished: "finished", failed: "failed" };
-const LABEL_COLOURS = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb"]; // P. Tol, "bright", told apart by all
-const SVG = "http://www.w3.org/2000/svg";
 
 const $ = (id) => document.getElementById(id);
 let filter = "";
 let rounds = 0;
-
-function element(name, { text, ...attributes } = {}, ...children) {
-  const made = document.createElement(name);
-  if (text !== undefined) made.textContent = text;
-  for (const [key, value] of Object.entries(attributes)) if (value !== null && value !== undefined) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
-
-function drawn(name, attributes, ...children) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
-  return made;
-}
 
 async function asked(path, options) {
   const answer = await fetch(path, options);
@@ -114,54 +100,6 @@ async function retry(job, button) {
   }
 }
 
-// --- projects and the map ---------------------------------------------------------------------------------------------------
-
-function showProjects({ projects, problem }) {
-  $("projects-problem").hidden = !problem && projects.length > 0;
-  $("projects-problem").textContent = problem || "No project in Label Studio counts this model's predictions yet.";
-  $("projects").replaceChildren(...projects.map((project) => {
-    const card = element("div", {},
-      element("a", { href: project.url, text: project.title }),
-      element("p", { class: "quiet", text: `${number(project.labelled)} of ${number(project.tasks)} slides labelled, ${number(project.predictions)} predictions` }),
-      element("progress", { max: Math.max(1, project.tasks), value: project.labelled, "aria-label": "Slides labelled" }));
-    if (project.curve?.length > 1) card.append(curve(project.curve));
-    return card;
-  }));
-}
-
-function curve(steps) {
-  const most = Math.max(...steps.map((step) => step.labelled));
-  const points = steps.map((step) => `${(100 * step.labelled) / most},${100 - 100 * step.score}`).join(" ");
-  const last = steps[steps.length - 1];
-  return drawn("svg", { class: "curve", viewBox: "0 -2 100 104", preserveAspectRatio: "none", role: "img", "aria-label": `Learning curve: ${last.score.toFixed(2)} with ${last.labelled} labelled slides` }, drawn("polyline", { points }));
-}
-
-function showMap({ points, explained, left_out: leftOut }) {
-  const note = points.length < 2
-    ? "Appears once two slides have been analysed."
-    : `${number(points.length)} slides by their embeddings; the axes hold ${(100 * explained[0]).toFixed(0)} % and ${(100 * explained[1]).toFixed(0)} % of the variance.${leftOut ? ` ${number(leftOut)} more are left out.` : ""}`;
-  $("map-note").textContent = note;
-  $("map").toggleAttribute("hidden", points.length < 2);
-  if (points.length < 2) return;
-  const reach = Math.max(...points.flatMap((point) => [Math.abs(point.x) / 300, Math.abs(point.y) / 200])) || 1;
-  const labels = [...new Set(points.map((point) => point.label).filter(Boolean))].sort();
-  const marks = points.map((point) => {
-    const circle = drawn("circle", { cx: 300 + point.x / reach, cy: 200 - point.y / reach, r: 6 });
-    if (point.label) circle.style.fill = LABEL_COLOURS[labels.indexOf(point.label) % LABEL_COLOURS.length];
-    if (typeof point.confidence === "number") circle.style.fillOpacity = String(0.25 + 0.75 * point.confidence);
-    const said = `${point.slide}, ${number(point.tiles)} tiles${point.label ? `, ${point.label}` : ""}`;
-    const title = drawn("title", {});
-    title.textContent = said;
-    circle.append(title);
-    return drawn("a", { href: point.url, "aria-label": said }, circle);
-  });
-  $("map").replaceChildren(
-    drawn("line", { class: "axis", x1: 0, x2: 600, y1: 200, y2: 200 }),
-    drawn("line", { class: "axis", x1: 300, x2: 300, y1: 0, y2: 400 }),
-    ...marks,
-  );
-}
-
 // --- again and again --------------------------------------------------------------------------------------------------------
 
 function trouble(message) {
@@ -202,5 +140,6 @@ $("filter").addEventListener("click", (event) => {
   filter = button.dataset.status;
   look().catch((error) => trouble(error.message));
 });
+setUpMap();
 setUpTheme($("theme"));
 round();

@@ -1,6 +1,7 @@
 // The page of one slide: what is known of it is asked once, shown, and kept up to date.
 import { Attention } from "./attention.js";
 import { colourTable } from "./colours.js";
+import { showLearnt } from "./learnt.js";
 import * as server from "./server.js";
 import { SlideViewer } from "./viewer.js";
 import { PHASES, number, percent, progress, recall, remember, setUpTheme } from "./words.js";
@@ -18,6 +19,7 @@ let attention = null;
 let facts = null;
 let opened = null; // the state when the page was opened
 let phase = null;
+let learntAt = 0; // of the push after which what was learnt was asked for
 let hot = [];
 let hotAt = -1;
 
@@ -81,7 +83,7 @@ function headName(head) {
 async function loadResult(state) {
   if (!state.result) return;
   $("model").textContent = `${state.result.model_version}${state.result.stand_in ? " (a stand-in model: what it shows has no medical meaning)" : ""} · ${number(state.result.tiles)} tiles · research use only, not for diagnosis`;
-  showExtras(state);
+  showLearnt(state);
   attention = new Attention(await server.weights(), state.result);
   const select = $("head");
   select.replaceChildren(...[-1, ...Array(attention.heads).keys()].map((head) => new Option(head < 0 ? `Mean of ${attention.heads}` : `Head ${head}`, head)));
@@ -156,32 +158,6 @@ function showPoint(point) {
   readout.hidden = false;
 }
 
-// --- what heads say, where there are heads --------------------------------------------------------------------------------
-
-function showExtras({ suggestion, similar }) {
-  $("suggested").hidden = !suggestion?.choices?.length;
-  $("suggestions").replaceChildren(
-    ...(suggestion?.choices ?? []).map(({ label, confidence }) => {
-      const item = document.createElement("li");
-      const meter = Object.assign(document.createElement("meter"), { min: 0, max: 1, value: confidence });
-      meter.setAttribute("aria-label", `Confidence in ${label}`);
-      item.append(Object.assign(document.createElement("span"), { textContent: label }), meter, Object.assign(document.createElement("span"), { textContent: percent(confidence) }));
-      return item;
-    }),
-  );
-  $("similar").hidden = !similar?.length;
-  $("neighbours").replaceChildren(
-    ...(similar ?? []).map(({ name, label, similarity, panel, picture }) => {
-      const link = Object.assign(document.createElement("a"), { href: panel, target: "_blank", title: name });
-      if (picture) link.append(Object.assign(new Image(72, 72), { src: picture, alt: name, loading: "lazy" }));
-      link.append(Object.assign(document.createElement("span"), { textContent: `${label} · ${similarity.toFixed(2)}` }));
-      const item = document.createElement("li");
-      item.append(link);
-      return item;
-    }),
-  );
-}
-
 // --- where its job stands --------------------------------------------------------------------------------------------------
 
 async function showStatus(status) {
@@ -229,6 +205,11 @@ function showPushes(pushes) {
   link.hidden = fresh.length === 0;
   if (!fresh.length) return;
   const last = fresh.reduce((a, b) => (a.at > b.at ? a : b));
+  // Heads were trained, or this slide was analysed: either way there is more to say than when the page was opened.
+  if (attention && last.at > learntAt) {
+    learntAt = last.at;
+    server.state().then(showLearnt, () => { learntAt = 0; });
+  }
   link.href = last.url;
   link.onclick = () => remember(`reloaded ${opened.key}`, last.at, () => sessionStorage);
   link.textContent = framed ? "New regions were pushed to this task. Reload the task to see them" : `New regions were pushed to task ${last.task}. Open it in Label Studio`;

@@ -29,6 +29,13 @@ export function percent(part) {
   return `${value >= 10 ? value.toFixed(0) : value >= 1 ? value.toFixed(1) : value.toPrecision(2)} %`;
 }
 
+/** A confidence. It is never rounded to certainty. */
+export function sure(part) {
+  const value = Math.round(100 * part);
+  if (value >= 100) return "> 99 %";
+  return value < 1 ? "< 1 %" : `${value} %`;
+}
+
 export function number(value) {
   return value.toLocaleString("en").replaceAll(",", "\u202f");
 }

@@ -1,0 +1,66 @@
+// What heads say of the slide, and which labelled slides are like it; where nothing was learnt, what is missing.
+import { element } from "./dom.js";
+import { number, sure } from "./words.js";
+
+const MOST_CHOICES = 5;
+const $ = (id) => document.getElementById(id);
+
+/** Shows the members `suggestion`, `similar` and `learning` of /panel/state; what is not there is hidden. */
+export function showLearnt({ suggestion, similar, learning }) {
+  const controls = suggestion?.controls ?? [];
+  $("suggested").hidden = !controls.length;
+  $("suggestions").replaceChildren(...controls.map((said) => group(said, controls.length > 1)));
+  $("suggested-by").textContent = controls.length ? `Research use only · ${suggestion.model_version}` : "";
+  $("similar").hidden = !similar?.length;
+  $("neighbours").replaceChildren(...(similar ?? []).map(neighbour));
+  $("learnt").hidden = !controls.length && !similar?.length;
+  $("learning").hidden = !learning?.length;
+  $("learning").textContent = (learning ?? []).join(" ");
+}
+
+function group(said, named) {
+  const made = element("section", { "aria-label": said.control });
+  if (named) made.append(element("h3", { text: said.control }));
+  made.append(said.choices.length ? choices(said) : value(said));
+  const from = `Confidence from ${number(said.labels)} labelled slides${said.calibrated || !said.choices.length ? "" : ", not calibrated yet"}.`;
+  made.append(element("p", { class: "quiet small", text: from }));
+  return made;
+}
+
+function choices({ choices: all, kind, value: chosen }) {
+  const shown = all.slice(0, MOST_CHOICES);
+  const rows = shown.map(({ label, confidence }) => {
+    const said = kind === "choices" ? chosen.includes(label) : label === chosen;
+    return element("li", { class: said ? "said" : null },
+      element("span", { class: "label", text: label }),
+      element("span", { class: "sure", text: sure(confidence) }),
+      element("meter", { min: 0, max: 1, value: confidence, "aria-label": `Confidence in ${label}` }));
+  });
+  const rest = all.length - shown.length;
+  if (rest) rows.push(element("li", { class: "quiet small", text: `and ${number(rest)} less likely` }));
+  return element("ul", {}, ...rows);
+}
+
+function value({ kind, value: said, confidence, tolerance }) {
+  const shown = kind === "rating" ? `${said} ${said === 1 ? "star" : "stars"}` : number(Number(said.toPrecision(3)));
+  const near = kind === "rating" ? "exactly this" : `within ± ${Number(tolerance.toPrecision(2))}`;
+  return element("ul", {}, element("li", { class: "said" },
+    element("span", { class: "label", text: shown }),
+    element("span", { class: "sure", text: sure(confidence) }),
+    element("meter", { min: 0, max: 1, value: confidence, "aria-label": `Confidence that it is ${near}` }),
+    element("span", { class: "quiet small", text: near })));
+}
+
+function neighbour({ name, label, similarity, panel, picture }) {
+  const image = element("img", { src: picture || null, alt: "", width: 56, height: 56, loading: "lazy" });
+  // A slide that cannot be read (any more) is still worth naming.
+  image.addEventListener("error", () => image.removeAttribute("src"));
+  const about = element("span", { class: "about" },
+    element("span", { class: "label", text: label }),
+    element("span", { class: "name", text: name }),
+    element("span", { class: "quiet", text: `similarity ${similarity.toFixed(2)}` }));
+  const title = `${name}: ${label}, similarity ${similarity.toFixed(2)}`;
+  const link = panel ? element("a", { href: panel, target: "_blank", title: `${title}. Open it in a new tab` }) : element("span", { class: "unlinked", title });
+  link.append(image, about);
+  return element("li", {}, link);
+}

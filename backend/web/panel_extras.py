@@ -1,0 +1,166 @@
+"""What the panel says beside the slide: what trained heads suggest, which labelled slides are like it, what training still needs.
+
+Computed from stored heads, the stored embedding and the snapshot of the last training; Label Studio is not asked. What cannot be read is
+said in a line, and the rest of the panel is shown all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from backend.errors import BackendError
+from backend.label_studio.services import Services
+from backend.learning.heads import Float32Array, Head, predict
+from backend.learning.snapshot import Neighbour, ProjectSnapshot
+from backend.results.bag import SLIDE_REF, BagResult
+from backend.slides.source import SlideRef
+from backend.web.signing import SlideSigner
+
+log = logging.getLogger(__name__)
+
+PICTURE_PX = 144
+_KEPT_PLACES = 4096
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the slide of a stored bag lies, and its width and height in level-0 pixels."""
+
+    ref: SlideRef
+    size: tuple[int, int]
+
+
+class LearntExtras:
+    """The :data:`~backend.web.panel_data.Extras` of every panel; threads may share one."""
+
+    def __init__(self, services: Services, signer: SlideSigner) -> None:
+        self._services = services
+        self._signer = signer
+        self._places: OrderedDict[str, _Place] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __call__(self, project: int | None, key: str, result: BagResult | None) -> Mapping[str, Any]:
+        """``suggestion``, ``similar`` and ``learning``, as far as there are any; see :data:`~backend.web.panel_data.Extras`."""
+        if result is None:
+            return {}
+        try:
+            project = self.project_of(key) if project is None else project
+            return {} if project is None else self._of(project, key, result)
+        except BackendError as error:
+            problem = error.message
+        except OSError as error:
+            problem = error.strerror or type(error).__name__
+        except ValueError as error:  # arrays that fit their checksum and not each other
+            problem = str(error)
+        log.error("project=%s bag=%s what was learnt cannot be shown: %s", project, key, problem)
+        return {"learning": [f"What was learnt cannot be shown: {problem}"]}
+
+    def project_of(self, key: str) -> int | None:
+        """The project that learnt of a bag last, for an address that names none; ``None`` if none did."""
+        versions = self._services.versions
+        known = {project: snapshot for project in versions.projects() if (snapshot := versions.snapshot(project))}
+        having = [project for project, snapshot in known.items() if key in snapshot.row_of_key]
+        return max(having, key=lambda project: str(known[project].about.get("created_at")), default=None)
+
+    def _of(self, project: int, key: str, result: BagResult) -> dict[str, Any]:
+        versions = self._services.versions
+        heads, snapshot = versions.heads(project), versions.snapshot(project)
+        found: dict[str, Any] = {}
+        if heads is not None:
+            slide_heads = [head for head in heads.heads.values() if head.level == "slide"]
+            said = [suggestion_json(head, result.slide_embedding) for head in slide_heads]
+            if said:
+                found["suggestion"] = {"model_version": heads.version, "controls": said}
+        if snapshot is not None:
+            similar = snapshot.neighbours(key, result.slide_embedding)
+            found["similar"] = [self._neighbour(neighbour, project) for neighbour in similar]
+        found["learning"] = self._needs(project, heads is None, snapshot)
+        return {name: value for name, value in found.items() if value}
+
+    def _needs(self, project: int, headless: bool, snapshot: ProjectSnapshot | None) -> list[str]:
+        versions = self._services.versions
+        if snapshot is None:
+            file = versions.snapshot_file(project)
+            # One of another model is no problem, only old; one that cannot be read at all is in the log too.
+            return ["Which slides are alike is not known until the next training."] if file.exists() else []
+        needs = [str(few["message"]) for few in snapshot.about.get("too_few", ())]
+        version = str(snapshot.about.get("version"))
+        if headless and version != self._services.model.model_version:
+            needs.insert(0, f"The heads {version} are not in use or cannot be read; the next training makes new ones.")
+        return needs
+
+    def _neighbour(self, neighbour: Neighbour, project: int) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "name": neighbour.name,
+            "label": neighbour.label,
+            "similarity": round(neighbour.similarity, 4),
+            "panel": "",
+            "picture": "",
+        }
+        place = self._place(neighbour.key)
+        if place is None or place.ref.kind == "patches":  # deleted since, or nothing that a panel could show
+            return found
+        token = self._signer.token(place.ref, project)
+        found["panel"] = f"/panel?slide={token}"
+        thumbnail = self._services.thumbnails.get(self._services.thumbnails.id_for(place.ref.identity))
+        if thumbnail is not None:
+            found["picture"] = f"/thumbnails/{thumbnail.id}.jpg"
+        elif place.ref.kind == "file":
+            # A slide that lies elsewhere would be downloaded whole for a picture of this size.
+            edge = max(place.size)
+            left, top = (place.size[0] - edge) // 2, (place.size[1] - edge) // 2
+            found["picture"] = f"/deepzoom/{token}/region.jpg?x={left}&y={top}&size={edge}&px={PICTURE_PX}"
+        return found
+
+    def _place(self, key: str) -> _Place | None:
+        with self._lock:
+            found = self._places.get(key)
+            if found is not None:
+                self._places.move_to_end(key)
+                return found
+        result = self._services.store.get(key, latents=False)
+        text = result.provenance.get(SLIDE_REF) if result is not None else None
+        if result is None or not isinstance(text, str):
+            return None
+        found = _Place(SlideRef.from_json(json.loads(text)), result.bag.slide_size)
+        with self._lock:
+            self._places[key] = found
+            while len(self._places) > _KEPT_PLACES:
+                self._places.popitem(last=False)
+        return found
+
+
+def suggestion_json(head: Head, embedding: Float32Array) -> dict[str, Any]:
+    """What a head says of one slide, JSON values only: a member of ``suggestion.controls``, see :data:`~backend.web.panel_data.Extras`.
+
+    Raises
+    ------
+    EmbeddingInvalid, HeadMismatch
+        The stored embedding is not finite, or of another length than the head takes.
+    """
+    output = predict(head, embedding[None, :])
+    choices: list[dict[str, Any]] = []
+    if output.probabilities is not None:
+        p = output.probabilities[0]
+        choices = [
+            {"label": head.classes[k], "confidence": float(p[k])} for k in np.argsort(-p, kind="stable").tolist()
+        ]
+    value = output.values[0]
+    return {
+        "control": head.control,
+        "kind": head.kind,
+        "value": list(value) if isinstance(value, tuple) else value,
+        "confidence": float(output.confidence[0]),
+        "choices": choices,
+        "tolerance": None if head.classes else head.tolerance,
+        "calibrated": head.calibrated,
+        "labels": head.n_labels,
+    }
