@@ -11,23 +11,27 @@ PANEL := backend/web/panel
 export LABEL_STUDIO_VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install panel demo test lint bench licence python-version chromium label-studio
+.PHONY: help install panel demo test test-faults lint bench licence python-version chromium label-studio
 .SUFFIXES:
 .NOTPARALLEL:
 
 help:  ## show this list
 	@echo 'make TARGET [NAME=value …]'
 	@grep -E '^[a-z-]+:.*  ## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*  ## (.*)/  \1|\2/' | \
-		while IFS='|' read -r name text; do printf '%-10s %s\n' "$$name" "$$text"; done
+		while IFS='|' read -r name text; do printf '%-13s %s\n' "$$name" "$$text"; done
 
 install: $(STAMP) panel  ## install the backend and its development tools into .venv
 
 demo: licence install  ## start everything and print the address to open (MODEL=checkpoint, SLIDES=folder are optional)
 	@$(BIN)/wsc-backend demo  # make hands MODEL, SLIDES and every other NAME=value on in the environment
 
-test: licence install chromium label-studio  ## install what the tests need and run every test
+test: licence install chromium label-studio  ## install what the tests need and run them, but for the slow fault tests
 	@mkdir -p build
-	@$(BIN)/python -m pytest --basetemp=build/pytest -o tmp_path_retention_policy=failed $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest --basetemp=build/pytest -o tmp_path_retention_policy=failed -m 'not faults_long' $(PYTEST_ARGS)
+
+test-faults: licence install  ## kill, fill, slow down and disconnect what the backend stands on, and count what is lost
+	@mkdir -p build
+	@$(BIN)/python -m pytest --basetemp=build/pytest-faults -o tmp_path_retention_policy=failed tests/faults $(PYTEST_ARGS)
 
 lint: install  ## ruff check, ruff format --check, mypy
 	@$(BIN)/ruff check .

@@ -12,14 +12,14 @@ from types import FrameType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from backend import __version__
-from backend.errors import BackendError, LicenceNotAccepted
+from backend import __version__, cli_learning
+from backend.cli_parts import console, embedded_redis, errors, need_licence
+from backend.errors import BackendError
 from backend.logs import configure_logging
-from backend.settings import Settings, licence_accepted, load_settings
+from backend.settings import load_settings
 
 app = typer.Typer(
     name="wsc-backend",
@@ -31,8 +31,6 @@ app = typer.Typer(
     "**Research use only, no diagnostic use.**\n\n"
     "Settings come from environment variables; `wsc-backend settings` lists them, `wsc-backend doctor` checks them.",
 )
-console = Console()
-errors = Console(stderr=True)
 
 Slides = Annotated[
     list[Path], typer.Argument(help="Slide files, or folders that are searched for slides.", show_default=False)
@@ -119,22 +117,25 @@ def serve(
     from backend.label_studio.services import Services
     from backend.web.server import bind, make_server
 
+    _stop_on_sigterm()
     settings = load_settings(**{k: v for k, v in (("host", host), ("port", port)) if v is not None})
     configure_logging(settings.log_level, "serve")
+    on_shutdown = None
     with ExitStack() as stack:
         listener = bind(settings.host, settings.port)
         stack.callback(listener.close)
-        _embedded_redis(stack, settings)
+        embedded_redis(stack, settings)
         if with_workers:
-            _need_licence()
+            need_licence()
             pool = WorkerPool(settings)
             stack.callback(pool.stop)
             pool.start()
+            on_shutdown = pool.begin_stop
         services = Services(settings)
         console.print(
             f"Model {services.model.model_version}; listening on http://{settings.host}:{listener.getsockname()[1]}"
         )
-        make_server(services).run([listener])
+        make_server(services, on_shutdown).run([listener])
 
 
 @app.command()
@@ -143,15 +144,15 @@ def workers(
         str | None, typer.Option(help="auto, cpu, or a list such as cuda:0,cuda:1 (DEVICES).", show_default=False)
     ] = None,
 ) -> None:
-    """Analyse queued slides: one process on each device, restarted when it dies. Ctrl-C lets running slides finish."""
+    """Analyse queued slides: one process on each device, restarted when it dies. Ctrl-C ends it in seconds; a running slide goes back to its queue."""
     from backend.jobs.pool import WorkerPool
 
-    _need_licence()
+    need_licence()
     _stop_on_sigterm()
     settings = load_settings(**({"devices": devices} if devices else {}))
     configure_logging(settings.log_level, "workers")
     with ExitStack() as stack:
-        _embedded_redis(stack, settings)
+        embedded_redis(stack, settings)
         pool = WorkerPool(settings)
         stack.callback(pool.stop)
         pool.start()
@@ -220,7 +221,7 @@ def predict(
     from backend.jobs.devices import devices_from
     from backend.slides.discover import find_slides
 
-    _need_licence()
+    need_licence()
     settings = load_settings()
     configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "predict")
     found = find_slides(slides)
@@ -284,7 +285,7 @@ def bench(
     only: Annotated[
         str,
         typer.Option(
-            help="Some of encoder, numerics, decode, slide, answers, pictures, growth, start; separated by commas.",
+            help="Some of encoder, numerics, decode, slide, answers, publish, pictures, growth, start; separated by commas.",
             show_default=False,
         ),
     ] = "",
@@ -296,17 +297,31 @@ def bench(
         str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure this machine: encoder, numerics, decoding, slides, answers, pictures, growth, start. Run it alone on an idle machine."""
+    """Measure this machine: encoder, numerics, decoding, slides, answers, pushes, pictures, growth, start. Run it alone on an idle machine.
+
+    A benchmark that fails is named at the end, with exit status 1; the others are measured all the same.
+    """
+    from collections.abc import Sequence
+
+    from backend.bench.measure import Figure
     from backend.bench.report import machine, save, table
     from backend.commands.bench import chosen, run_benchmarks
     from backend.jobs.devices import devices_from
 
     names = chosen(only)
-    _need_licence()
+    need_licence()
     settings = load_settings()
     configure_logging("WARNING", "bench")
     device = device or devices_from(settings.devices)[0]
     facts = machine(device)
+    failed: dict[str, str] = {}
+
+    def ended(name: str, figures: Sequence[Figure], failure: Exception | None) -> None:
+        if failure is not None:
+            failed[name] = f"{type(failure).__name__}: {failure}"
+        if out is not None:  # after each one: what was measured is kept, whatever happens to the rest
+            save(out, figures, facts, failed)
+
     with console.status("") as status:
         figures = run_benchmarks(
             names,
@@ -314,26 +329,18 @@ def bench(
             device,
             "quick" if quick else "full",
             on_start=lambda name: status.update(f"Measuring: {name}"),
+            on_end=ended,
         )
     console.print(table(figures, facts))
     if out is not None:
-        save(out, figures, facts)
         console.print(f"Written to {out}", highlight=False)
+    for name, error in failed.items():
+        errors.print(f"{name} failed: {error}", style="red", markup=False)
+    if failed:
+        raise typer.Exit(1)
 
 
-@app.command()
-def simulate(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for learning-curves.png and learning-curves.json.")],
-    seeds: Annotated[int, typer.Option(help="How often each strategy is replayed.", min=1, max=100)] = 10,
-    quick: Annotated[bool, typer.Option("--quick", help="Few labels and seeds: seconds instead of minutes.")] = False,
-) -> None:
-    """Replay labelling on sets with known labels: learning curves of random, uncertainty, and our order of slides."""
-    from backend.learning.simulate import simulate as replay
-    from backend.learning.simulate import write_report
-
-    with console.status("Replaying") as status:
-        picture, table = write_report(replay(seeds=seeds, quick=quick, progress=status.update), out)
-    console.print(f"Written: {picture}, {table}", highlight=False)
+cli_learning.add_commands(app)
 
 
 @app.command("settings")
@@ -353,23 +360,12 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
-def _need_licence() -> None:
-    if not licence_accepted():
-        raise LicenceNotAccepted
-
-
 def _stop_on_sigterm() -> None:
     def end(_: int, __: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is the cleaning up
+        sys.exit(0)
 
     signal.signal(signal.SIGTERM, end)
-
-
-def _embedded_redis(stack: ExitStack, settings: Settings) -> None:
-    from backend.jobs.redis_server import EmbeddedRedis
-
-    if not settings.redis_url.get_secret_value():
-        stack.enter_context(EmbeddedRedis(settings.model_dir))
 
 
 def _log_to_file(path: Path) -> None:

@@ -210,6 +210,14 @@ class ResultDamaged(BackendError):
     retryable = True
 
 
+class StoreUnavailable(BackendError):
+    """A result cannot be written: the disk is full, or the store does not answer. Trying later may work."""
+
+    code = "store_unavailable"
+    retryable = True
+    http_status = 503
+
+
 class ResultNotFound(BackendError):
     """Nothing is stored under this bag key."""
 
@@ -277,6 +285,20 @@ class HeadDamaged(BackendError):
     code = "head_damaged"
 
 
+class TrainingFailed(BackendError):
+    """A worker tried to train a project's heads, and failed; the message has its reason."""
+
+    code = "training_failed"
+
+
+class TrainingRuns(BackendError):
+    """The project's heads are being trained right now, so they cannot be replaced by hand."""
+
+    code = "training_runs"
+    retryable = True
+    http_status = 409
+
+
 class LabelStudioError(BackendError):
     """Label Studio answered, and refused what was asked."""
 
@@ -289,6 +311,13 @@ class LabelStudioUnreachable(LabelStudioError):
 
     code = "label_studio_unreachable"
     retryable = True
+
+
+class ProjectNotFound(LabelStudioError):
+    """Label Studio has no project of this number or title."""
+
+    code = "project_not_found"
+    http_status = 404
 
 
 class LabelStudioNotStarted(BackendError):
@@ -315,6 +344,19 @@ class ExportUnsupported(BackendError):
 
     code = "export_unsupported"
     http_status = 400
+
+
+class FileExists(BackendError):
+    """The file that is to be written is there already."""
+
+    code = "file_exists"
+    http_status = 409
+
+
+class ExtraMissing(BackendError):
+    """What was asked for needs packages that are installed only on request."""
+
+    code = "extra_missing"
 
 
 class RequestInvalid(BackendError):

@@ -30,7 +30,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    for command in ("demo", "serve", "workers", "import", "predict", "doctor", "bench", "simulate", "settings"):
+    commands = "demo serve workers import predict doctor bench train heads export simulate settings"
+    for command in commands.split():
         assert f" {command} " in done.stdout
 
 

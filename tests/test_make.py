@@ -35,10 +35,10 @@ def make(folder: Path, *arguments: str, licence: str = "") -> subprocess.Complet
 
 def test_make_alone_lists_the_targets(clone: Path) -> None:
     listed = {line.split()[0] for line in make(clone).stdout.splitlines()[1:]}
-    assert listed == {"help", "install", "demo", "test", "lint", "bench"}
+    assert listed == {"help", "install", "demo", "test", "test-faults", "lint", "bench"}
 
 
-@pytest.mark.parametrize("target", ["demo", "test"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-faults"])
 @pytest.mark.parametrize("answer", ["", "yes"])
 def test_without_the_licence_one_message_says_what_to_read_and_set(clone: Path, target: str, answer: str) -> None:
     done = make(clone, target, licence=answer)

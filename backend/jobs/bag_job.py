@@ -10,10 +10,10 @@ from rq.exceptions import DeserializationError
 from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
-from backend.errors import BackendError, JobRefused, JobTimedOut
+from backend.errors import BackendError, JobRefused, JobTimedOut, WorkerDied
 from backend.jobs import tasks
 from backend.jobs.redis_server import unavailable
-from backend.jobs.states import ALLOWED_FUNCTIONS
+from backend.jobs.states import ALLOWED_FUNCTIONS, PUBLISH_BAG, PUBLISH_TASK, takes
 from backend.settings import Settings
 
 
@@ -35,10 +35,16 @@ class BagJob(Job):  # type: ignore[misc]
                 f"Job {self.id} does not hold JSON.", hint="Something else writes to this Redis."
             ) from error
         callbacks = (self._success_callback_name, self._failure_callback_name, self._stopped_callback_name)
-        if name not in ALLOWED_FUNCTIONS or instance is not None or any(isinstance(c, str) and c for c in callbacks):
+        ours = isinstance(name, str) and name in ALLOWED_FUNCTIONS
+        if not ours or instance is not None or any(isinstance(c, str) and c for c in callbacks):
             raise JobRefused(
                 f"Job {self.id} asks for {name!r}, which our workers do not run; nothing was imported.",
                 hint="Something else writes to this Redis: give the backend a Redis (or a database number) of its own.",
+            )
+        if self.kwargs or not takes(name, self.args):
+            raise JobRefused(
+                f"Job {self.id} asks for {name!r} with arguments that it does not take.",
+                hint="Something else writes to this Redis, or another release of this backend.",
             )
 
     # RQ would import these by name, and call any address.
@@ -51,10 +57,28 @@ class BagJob(Job):  # type: ignore[misc]
 def function_of(job: Job) -> str | None:
     """Name of the job's function, ``None`` if it cannot be read."""
     try:
-        name: str | None = job.func_name
+        name: object = job.func_name
     except DeserializationError:
         return None
-    return name
+    return name if isinstance(name, str) else None  # any JSON value, where something else wrote the job
+
+
+def describe_abandoned(job: Job, ttl_s: int) -> JobTimedOut | WorkerDied:
+    """What became of a job whose worker has not been heard of for ``ttl_s`` seconds."""
+    stage = f"at stage {job.meta.get('stage', '?')!r}"
+    if job.timeout and job.started_at and job.last_heartbeat:
+        # Both times are of its worker's clock.
+        busy_s = (job.last_heartbeat - job.started_at).total_seconds()
+        if busy_s >= job.timeout:
+            return JobTimedOut(
+                f"The job was stuck {stage} and heard no signal: its worker was killed after {busy_s:.0f} s.",
+                hint="Is the slide's file readable to its end, and its file system there? JOB_TIMEOUT_S is the longest time a slide may take.",
+            )
+    hint = "" if job.retries_left else "It was tried as often as JOB_RETRIES says. Out of memory? See the worker's log."
+    return WorkerDied(
+        f"Worker {job.worker_name} on {job.meta.get('device', '?')} died, or was silent for {ttl_s} s, while it was {stage}.",
+        hint=hint,
+    )
 
 
 def describe_failure(job: Job, error: BaseException | None, settings: Settings) -> dict[str, Any]:
@@ -63,12 +87,12 @@ def describe_failure(job: Job, error: BaseException | None, settings: Settings) 
     while cause is not None:
         # Code that wraps every exception into its own wraps the timeout too.
         if isinstance(cause, JobTimeoutException):
-            return dict(
-                JobTimedOut(
-                    f"The job ran longer than {job.timeout} s and was stopped at stage {job.meta.get('stage', '?')!r}.",
-                    hint="Raise JOB_TIMEOUT_S, or use a faster device.",
-                ).as_dict()
+            timed_out = JobTimedOut(
+                f"The job ran longer than {job.timeout} s and was stopped at stage {job.meta.get('stage', '?')!r}.",
+                hint="Raise JOB_TIMEOUT_S, or use a faster device.",
             )
+            # A slide takes as long the next time. A push that took too long waited for a slow Label Studio.
+            return {**timed_out.as_dict(), "retryable": function_of(job) in (PUBLISH_BAG, PUBLISH_TASK)}
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, RedisError):
         error = unavailable(error, settings)

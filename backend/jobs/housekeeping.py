@@ -182,7 +182,10 @@ class Housekeeper(_Companion):
                 for lease in expired:
                     self._take_back(lease, queue)
         for job_id in self._recover(args=[self._worker.heartbeat_ttl_s]):
-            log.warning("job %s was taken by a worker that died before starting it; queued again", job_id.decode())
+            log.warning(
+                "job %s was taken by a worker that died before starting it; queued again",
+                job_id.decode(errors="replace"),
+            )
 
     def _may_judge(self, redis_time: float) -> bool:
         """Not when Redis' clock has been set, or all of us have slept: the others' leases have run out by no fault of theirs."""

@@ -36,6 +36,8 @@ BACKOFF_FIRST_S = 1.0
 BACKOFF_CAP_S = 60.0
 HEALTHY_AFTER_S = 60.0
 """A worker that has lived so long starts again without delay when it dies."""
+STOP_GRACE_S = 4.0
+"""How long running jobs may go on once the pool is to stop. With what follows it must stay below the ten seconds that containers are given."""
 KILL_AFTER_S = 5.0
 
 
@@ -110,6 +112,7 @@ class WorkerPool:
         self._children.append(_Child("train", "cpu", TRAINING, folder / "train.json"))
         self._lock = threading.Lock()
         self._stopping = threading.Event()
+        self._stop_asked_at = 0.0
         self._supervisor = threading.Thread(target=self._supervise, name="worker-pool", daemon=True)
 
     def __enter__(self) -> WorkerPool:
@@ -128,21 +131,30 @@ class WorkerPool:
                 self._spawn(child)
         self._supervisor.start()
 
-    def stop(self, grace_s: float = 30.0) -> None:
-        """Let the workers finish their jobs for ``grace_s``, then interrupt them (the job goes back to its queue), then kill them."""
+    def begin_stop(self) -> None:
+        """Tell the workers to take no more jobs, and do not wait for them: :meth:`stop` does, and counts its time from here."""
         if self._stopping.is_set():
             return
         self._stopping.set()
         if self._supervisor.ident is not None:
             self._supervisor.join()
+        self._stop_asked_at = time.monotonic()
+        for child in self._children:
+            if child.process is not None:
+                child.process.send_signal(signal.SIGTERM)
+
+    def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Let the workers finish their jobs for ``grace_s``, then interrupt them (the job goes back to its queue), then kill them."""
+        self.begin_stop()
         running = [child.process for child in self._children if child.process is not None]
         for wait_s, number in (
-            (grace_s, signal.SIGTERM),
+            (self._stop_asked_at + grace_s - time.monotonic(), None),
             (KILL_AFTER_S, signal.SIGTERM),
             (KILL_AFTER_S, signal.SIGKILL),
         ):
             for process in running:
-                process.send_signal(number)
+                if number is not None:
+                    process.send_signal(number)
             deadline = time.monotonic() + wait_s
             for process in running:
                 try:
@@ -157,7 +169,7 @@ class WorkerPool:
                 child.last_exit, child.process = child.process.returncode, None
         self._folder.cleanup()
 
-    def run(self, grace_s: float = 30.0) -> None:
+    def run(self, grace_s: float = STOP_GRACE_S) -> None:
         """Start, wait for SIGTERM or SIGINT, stop. For the main thread of a process that does nothing else."""
         asked = threading.Event()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from redis.exceptions import ConnectionError, TimeoutError
+from redis.exceptions import RedisError
 from rq import Queue
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
 
 from backend.jobs import scripts
 from backend.jobs.queue import BagQueue
+from backend.jobs.queue_overview import cannot_serve
 from backend.jobs.redis_server import unavailable
 from backend.jobs.states import QUEUES
 
@@ -53,8 +54,10 @@ def note_push(queue: BagQueue, key: str, project: int, task: int) -> None:
             pipeline.hset(_name(key), f"{project}:{task}", str(time.time()))
             pipeline.expire(_name(key), KEPT_S)
             pipeline.execute()
-    except (ConnectionError, TimeoutError) as error:
-        raise unavailable(error, queue.settings) from error
+    except RedisError as error:
+        if cannot_serve(error):
+            raise unavailable(error, queue.settings) from error
+        raise
 
 
 def watched(queue: BagQueue, keys: Sequence[str]) -> dict[str, Watched]:
@@ -65,8 +68,10 @@ def watched(queue: BagQueue, keys: Sequence[str]) -> dict[str, Watched]:
                 pipeline.hgetall(_name(key))
                 pipeline.hkeys(scripts.waiting_key(key))
             answers = pipeline.execute()
-    except (ConnectionError, TimeoutError) as error:
-        raise unavailable(error, queue.settings) from error
+    except RedisError as error:
+        if cannot_serve(error):
+            raise unavailable(error, queue.settings) from error
+        raise
     return {
         key: Watched(tuple(_push(*item) for item in pushed.items()), tuple(name.decode() for name in waiting))
         for key, pushed, waiting in zip(keys, answers[::2], answers[1::2], strict=True)
@@ -94,8 +99,10 @@ def job_counts(queue: BagQueue) -> dict[str, int]:
             for name in QUEUES:
                 pipeline.llen(Queue.redis_queue_namespace_prefix + name)
             answers = [int(answer) for answer in pipeline.execute()]
-    except (ConnectionError, TimeoutError) as error:
-        raise unavailable(error, queue.settings) from error
+    except RedisError as error:
+        if cannot_serve(error):
+            raise unavailable(error, queue.settings) from error
+        raise
     width = len(QUEUES)
     counts = {status: sum(answers[i * width : (i + 1) * width]) for i, status in enumerate(registries)}
     counts["queued"] += sum(answers[-width:])

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from redis import Redis
 from rq import Queue
-from rq.exceptions import DeserializationError
+from rq.exceptions import DeserializationError, TimeoutFormatError
 from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import now
@@ -26,7 +26,6 @@ from backend.jobs import scripts
 from backend.jobs.queue_overview import QueueOverview, answers_or_unavailable
 from backend.jobs.redis_server import connect
 from backend.jobs.states import (
-    ALLOWED_FUNCTIONS,
     ANALYSE,
     ANALYSIS_QUEUES,
     PUBLISH_BAG,
@@ -38,6 +37,7 @@ from backend.jobs.states import (
     Priority,
     WaitingTask,
     state_of,
+    takes,
 )
 from backend.settings import Settings
 
@@ -47,10 +47,22 @@ POLL_S = 0.05
 PUBLISH_TIMEOUT_S = 300
 """Longest time that pushing one prediction may take."""
 PUBLISH_BACKOFF_CAP_S = 300
-SWEEP_AFTER_S = 60
+SWEEP_AFTER_S = 15
 """Age from which a task that waits for a bag nobody computes is looked after."""
+CLAIM_MAX_S = 300
+"""No claim on an answer is for longer. One that seems to be was made before the clock was set back."""
 TRAINING_PREFIX = "train-"
 _CHUNK = 500
+# What reading a job raises that something else has put there.
+_FOREIGN_ERRORS = (
+    DeserializationError,
+    TimeoutFormatError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
@@ -132,20 +144,21 @@ class BagQueue(QueueOverview):
         if state is None:
             raise JobNotFound(f"No job {key!r} is listed.", hint="Open the task again: that submits its slide.")
         if state.status == "failed":
-            job = Job(key, connection=self.redis, serializer=JSONSerializer)
-            job.restore(raw)
+            foreign = JobNotFound(f"Job {key!r} is none of ours.", hint="It was put into Redis by something else.")
             try:
+                job = Job(key, connection=self.redis, serializer=JSONSerializer)
+                job.restore(raw)
                 function, args = job.func_name, tuple(job.args)
-            except DeserializationError:
-                function, args = None, ()
-            if function not in ALLOWED_FUNCTIONS:
-                raise JobNotFound(f"Job {key!r} is none of ours.", hint="It was put into Redis by something else.")
-            if function == TRAIN:
-                again = self.training_job(int(args[0]))
-            elif function == ANALYSE:
-                again = self._analysis(BagRequest.from_json(args[0]), "interactive")
-            else:
-                again = self._publishing(function, args, key)
+                if not takes(function, args):
+                    raise foreign
+                if function == TRAIN:
+                    again = self.training_job(int(args[0]))
+                elif function == ANALYSE:
+                    again = self._analysis(BagRequest.from_json(args[0]), "interactive")
+                else:
+                    again = self._publishing(function, args, key)
+            except _FOREIGN_ERRORS as error:
+                raise foreign from error
             self._submit_one(self.redis, again, None, True)
         return self._one(key)
 
@@ -155,11 +168,11 @@ class BagQueue(QueueOverview):
         raw = self.redis.hgetall(Job.key_for(key))
         if state_of(key, raw) is None:
             return None
-        job = Job(key, connection=self.redis, serializer=JSONSerializer)
-        job.restore(raw)
         try:
+            job = Job(key, connection=self.redis, serializer=JSONSerializer)
+            job.restore(raw)
             return BagRequest.from_json(job.args[0]) if job.func_name == ANALYSE else None
-        except (DeserializationError, LookupError, TypeError, ValueError):
+        except _FOREIGN_ERRORS:
             return None  # put there by something else
 
     @answers_or_unavailable
@@ -191,17 +204,7 @@ class BagQueue(QueueOverview):
         deadline = time.monotonic() + timeout_s
         open_keys = keys
         while open_keys:
-            states: dict[str, bytes | None] = {}
-            for chunk in _chunks(open_keys):
-                with self.redis.pipeline(transaction=False) as pipeline:
-                    for key in chunk:
-                        pipeline.hget(Job.key_for(key), "status")
-                    states.update(zip(chunk, pipeline.execute(), strict=True))
-            open_keys = [
-                key
-                for key, status in states.items()
-                if status not in (None, b"finished", b"failed", b"stopped", b"canceled")
-            ]
+            open_keys = self._live(open_keys)
             left = deadline - time.monotonic()
             if not open_keys or left <= 0:
                 break
@@ -213,8 +216,11 @@ class BagQueue(QueueOverview):
     @answers_or_unavailable
     def claim_answer(self, project: int, task: int, model_version: str, ttl_s: float = 15) -> bool:
         """Whether the caller may hand out the prediction of this task and version now: one caller may, for ``ttl_s``."""
-        name = scripts.answer_key(project, task, model_version)
-        return bool(self.redis.set(name, self._token, nx=True, px=max(1, round(ttl_s * 1000))))
+        name, ttl_ms = scripts.answer_key(project, task, model_version), max(1, round(ttl_s * 1000))
+        if self.redis.set(name, self._token, nx=True, px=ttl_ms):
+            return True
+        stale = self.redis.pttl(name) > 1000 * max(ttl_s, CLAIM_MAX_S)
+        return stale and bool(self.redis.set(name, self._token, px=ttl_ms))
 
     @answers_or_unavailable
     def release_claim(self, project: int, task: int, model_version: str) -> None:
@@ -258,17 +264,27 @@ class BagQueue(QueueOverview):
         job = self._publishing(PUBLISH_BAG, (key,), f"publish-{key}")
         if self._submit_one(self.redis, job, None, True, delay_s) == b"started":
             # That run may have looked at the waiting tasks already: one more afterwards.
-            self._submit_one(self.redis, self._publishing(PUBLISH_BAG, (key,), f"publish-{key}-again"), None, True)
+            again = self._publishing(PUBLISH_BAG, (key,), f"publish-{key}-again")
+            self._submit_one(self.redis, again, None, True, delay_s)
 
     @answers_or_unavailable
     def publish_waiting(self, key: str) -> list[WaitingTask]:
-        """Turn every task that waits for a bag into one publish job; returns those. No task is lost or doubled on the way."""
-        moved = []
+        """Turn every task that waits for a bag into one publish job; returns those. No task is lost or doubled on the way.
+
+        One whose answer is being handed out right now waits on, until it can be seen whether the answer has arrived.
+        """
+        moved, held = [], []
         for task in self.waiting(key):
+            held_ms = self.redis.pttl(scripts.answer_key(task.project, task.task, task.model_version))
+            if 0 < held_ms <= 1000 * CLAIM_MAX_S:
+                held.append(held_ms)
+                continue
             job = self._publishing(PUBLISH_TASK, (key, task.to_json()), publish_id(key, task))
             args = [key, task.id, task.to_text(), job.id, job.origin, *job_fields(job)]
             if self._move(keys=[scripts.waiting_key(key)], args=args):
                 moved.append(task)
+        if held:
+            self.enqueue_publish(key, delay_s=min(held) // 1000 + 1)
         return moved
 
     @answers_or_unavailable
@@ -277,14 +293,18 @@ class BagQueue(QueueOverview):
 
         Nothing should be found. It is the net under a worker that was killed between finishing a bag and saying so.
         """
-        old = self.redis.zrangebyscore(scripts.WAITING_INDEX, "-inf", time.time() - SWEEP_AFTER_S)
-        swept = []
-        for chunk in _chunks([key.decode() for key in old]):
-            states = self.states(chunk)
-            for key in chunk:
-                if key not in states or states[key].settled:
-                    self.enqueue_publish(key)
-                    swept.append(key)
+        at = self.redis.time()[0]
+        # Those from the future were written down before the clock was set back.
+        ages = (("-inf", at - SWEEP_AFTER_S), (at + SWEEP_AFTER_S, "+inf"))
+        old = [
+            key.decode(errors="replace")
+            for age in ages
+            for key in self.redis.zrangebyscore(scripts.WAITING_INDEX, *age)
+        ]
+        live = set(self._live([*old, *(f"publish-{key}" for key in old)]))
+        swept = [key for key in old if live.isdisjoint((key, f"publish-{key}"))]
+        for key in swept:
+            self.enqueue_publish(key)
         return swept
 
     # --- inside -----------------------------------------------------------------------------------------------------
@@ -360,6 +380,17 @@ class BagQueue(QueueOverview):
             client=client,
         )
 
+    def _live(self, keys: Sequence[str]) -> list[str]:
+        """Those of ``keys`` whose job has not settled."""
+        live: list[str] = []
+        for chunk in _chunks(keys):
+            with self.redis.pipeline(transaction=False) as pipeline:
+                for key in chunk:
+                    pipeline.hget(Job.key_for(key), "status")
+                settled = (None, b"finished", b"failed", b"stopped", b"canceled")
+                live += [key for key, status in zip(chunk, pipeline.execute(), strict=True) if status not in settled]
+        return live
+
     def _one(self, key: str) -> JobState:
         return self.states([key])[key]
 
@@ -368,14 +399,16 @@ class BagQueue(QueueOverview):
             for name in QUEUES:
                 pipeline.lrange(self._queues[name].key, 0, -1)
             answers = pipeline.execute()
-        return {key.decode(): place for answer in answers for place, key in enumerate(answer, start=1)}
+        return {key.decode(errors="replace"): place for answer in answers for place, key in enumerate(answer, start=1)}
 
     def _place(self, key: str, raw: dict[bytes, bytes], places: dict[str, int] | None) -> int | None:
         if raw.get(b"status") != b"queued":
             return None
         if places is not None:
             return places.get(key)
-        place = self.redis.lpos(Queue.redis_queue_namespace_prefix + raw.get(b"origin", b"").decode(), key)
+        place = self.redis.lpos(
+            Queue.redis_queue_namespace_prefix + raw.get(b"origin", b"").decode(errors="replace"), key
+        )
         return None if place is None else int(place) + 1
 
 

@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from functools import wraps
 from typing import Any, TypeVar
 
-from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, ResponseError, TimeoutError
+from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError, TimeoutError
 from rq import Queue
 from rq.defaults import RQ_KEY_PREFIX
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
@@ -21,6 +21,28 @@ from backend.settings import Settings
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+# A full disk, full memory, too few replicas, a replica cut off, another password, a script that hangs: an operator can end each of them.
+_REFUSALS = (
+    "MISCONF",
+    "OOM",
+    "EXECABORT",
+    "NOREPLICAS",
+    "READONLY",
+    "MASTERDOWN",
+    "NOAUTH",
+    "WRONGPASS",
+    "NOPERM",
+    "BUSY ",
+)
+
+
+def cannot_serve(error: RedisError) -> bool:
+    """Whether ``error`` says that Redis is away or refuses to work for now, rather than that it was asked something wrong."""
+    if isinstance(error, ConnectionError | TimeoutError | OutOfMemoryError | ReadOnlyError):
+        return True
+    # Anywhere in the text: what a script is told, older servers wrap into an error of the script.
+    return isinstance(error, ResponseError) and any(word in str(error) for word in _REFUSALS)
+
 
 def answers_or_unavailable(method: F) -> F:
     """Turn every sign that Redis cannot serve into QueueUnavailable."""
@@ -29,10 +51,8 @@ def answers_or_unavailable(method: F) -> F:
     def guarded(self: QueueOverview, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
-        except (ConnectionError, TimeoutError, OutOfMemoryError, ReadOnlyError) as error:
-            raise unavailable(error, self.settings) from error
-        except ResponseError as error:
-            if str(error).startswith("MISCONF"):  # the disk is full: Redis refuses to write
+        except RedisError as error:
+            if cannot_serve(error):
                 raise unavailable(error, self.settings) from error
             raise
 
@@ -61,7 +81,8 @@ class QueueOverview(ABC):
                 pipeline.zrange(FailedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
                 pipeline.zrange(FinishedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
             answers = pipeline.execute()
-        ids = [member.decode().split(":")[0] for kind in range(5) for answer in answers[kind::5] for member in answer]
+        members = (member for kind in range(5) for answer in answers[kind::5] for member in answer)
+        ids = [member.decode(errors="replace").split(":")[0] for member in members]
         states = self.states(ids)
         return [state for state in states.values() if status in (None, state.status)][:limit]
 
@@ -90,7 +111,7 @@ class QueueOverview(ABC):
         for name, raw, executions in zip(names, answers[::2], answers[1::2], strict=True):
             if b"last_heartbeat" not in raw or b"death" in raw:
                 continue
-            text = {field.decode(): value.decode() for field, value in raw.items()}
+            text = {field.decode(errors="replace"): value.decode(errors="replace") for field, value in raw.items()}
             age = (datetime.now(timezone.utc) - utcparse(text["last_heartbeat"])).total_seconds()
             found.append(
                 {

@@ -23,7 +23,7 @@ from urllib.parse import quote, urlsplit
 
 from redis import Redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, TimeoutError
+from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, TimeoutError
 from redis.retry import Retry
 
 from backend.errors import QueueUnavailable, SettingsError
@@ -36,6 +36,7 @@ START_TIMEOUT_S = 30.0
 """How long a server may take to answer, loading its append-only file included."""
 STOP_TIMEOUT_S = 10.0
 SUPERVISE_EVERY_S = 1.0
+RESTART_PAUSE_S = 5.0
 
 # The kernel's limit for a unix socket's path is 108 bytes with the final zero; redis-server refuses a little earlier.
 _SOCKET_PATH_MAX_BYTES = 100
@@ -112,6 +113,9 @@ def redacted(url: str) -> str:
 
 
 def _reason(error: Exception, url: str) -> str:
+    if isinstance(error, AuthenticationError) or "already authenticated" in str(error):
+        # What the client says of it is about its handshake.
+        return "it wants a password, or another one than ours"
     text = str(error).rstrip(".") or type(error).__name__
     password = urlsplit(url).password if url else None
     return text.replace(password, "***") if password else text
@@ -236,8 +240,11 @@ class EmbeddedRedis:
         self._lock_file = file
         return True
 
-    def _spawn(self, deadline: float) -> None:
-        """Start the server and wait until it answers. A stale socket is replaced by the server itself."""
+    def _spawn(self, deadline: float, *, keep_lock: bool = False) -> None:
+        """Start the server and wait until it answers. A stale socket is replaced by the server itself.
+
+        If that fails, ownership is given up, unless ``keep_lock``.
+        """
         logfile = self._folder / "redis.log"
         # fmt: off
         command = [
@@ -259,7 +266,8 @@ class EmbeddedRedis:
         while not self._answers():
             if self._process.poll() is not None:
                 said = logfile.read_text(errors="replace").strip()[-1500:]
-                self._release()
+                if not keep_lock:
+                    self._release()
                 raise QueueUnavailable(
                     f"The embedded Redis ended at once (exit status {self._process.returncode}): {said or 'without a word'}",
                     hint=f"If its append-only file is damaged, move {self._folder / 'appendonly.aof'} away: queued jobs are "
@@ -267,7 +275,8 @@ class EmbeddedRedis:
                 )
             if time.monotonic() > deadline:
                 self._end_child(wait_s=0)
-                self._release()
+                if not keep_lock:
+                    self._release()
                 raise QueueUnavailable(
                     f"The embedded Redis did not answer within {START_TIMEOUT_S:.0f} s.", hint=f"See {logfile}."
                 )
@@ -306,10 +315,10 @@ class EmbeddedRedis:
             if gone and not self._stopping.is_set():
                 log.error("embedded Redis: the server is gone; starting it again")
                 try:
-                    self._spawn(time.monotonic() + START_TIMEOUT_S)
-                except QueueUnavailable as error:
-                    log.critical("embedded Redis: %s", error)
-                    return
+                    self._spawn(time.monotonic() + START_TIMEOUT_S, keep_lock=True)
+                except (QueueUnavailable, OSError) as error:  # a full disk, for one, which may pass
+                    log.critical("embedded Redis: %s Tried again in %.0f s.", error, RESTART_PAUSE_S)
+                    self._stopping.wait(RESTART_PAUSE_S)
 
     def _end_child(self, wait_s: float = STOP_TIMEOUT_S) -> None:
         process = self._process

@@ -17,6 +17,9 @@ WAITING_INDEX = "wsc:waiting"
 POPPED = "wsc:popped"
 """Sorted set ``queue id`` of jobs taken from a queue and not yet marked as started, scored by the time (s)."""
 
+LONGEST_RETRY_S = 600
+"""No retry of an analysis or a push is put off for so long, in seconds."""
+
 
 def waiting_key(bag_key: str) -> str:
     """Redis hash of the tasks that wait for a bag: ``project:task`` → JSON of the WaitingTask."""
@@ -30,6 +33,10 @@ def answer_key(project: int, task: int, model_version: str) -> str:
 
 TRAIN_AGAIN = "wsc:train:again"
 """Set of the projects for which training was asked while one ran."""
+
+
+TRAINED = "wsc:trained"
+"""Hash: how many trainings of each project were started."""
 
 
 def training_key(project: int) -> str:
@@ -96,6 +103,13 @@ if status == 'queued' then
         redis.call('HSET', JOB .. id, 'origin', queue)
         redis.call('SADD', QUEUES, QUEUE .. queue)
         redis.call('RPUSH', QUEUE .. queue, id)
+    end
+    return status
+end
+if status == 'scheduled' and queue == 'publish' then  -- sooner, if asked for sooner
+    local due = redis.call('TIME')[1] + ARGV[6]
+    if due < tonumber(redis.call('ZSCORE', SCHEDULED .. queue, id) or due) then
+        redis.call('ZADD', SCHEDULED .. queue, due, id)
     end
     return status
 end
@@ -220,8 +234,12 @@ RECOVER_POPPED = (
     _NAMES
     + """
 -- Put back what was taken and never started. ARGV: age in seconds. Returns the ids.
-local recovered = {}
-for _, entry in ipairs(redis.call('ZRANGEBYSCORE', POPPED, '-inf', redis.call('TIME')[1] - ARGV[1], 'LIMIT', 0, 100)) do
+local recovered, now = {}, tonumber(redis.call('TIME')[1])
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', POPPED, now + 1, '+inf')) do  -- the clock was set back
+    redis.call('ZREM', POPPED, entry)
+    redis.call('ZADD', POPPED, now, entry)
+end
+for _, entry in ipairs(redis.call('ZRANGEBYSCORE', POPPED, '-inf', now - ARGV[1], 'LIMIT', 0, 100)) do
     redis.call('ZREM', POPPED, entry)
     local queue, id = string.match(entry, '^(%S+) (%S+)$')
     if id and redis.call('HGET', JOB .. id, 'status') == 'queued' then
@@ -236,12 +254,19 @@ return recovered
 MOVE_DUE = (
     _NAMES
     + _CREATE
+    + f"local LONGEST_RETRY_S = {LONGEST_RETRY_S}"
     + """
 -- Queue the retries whose time has come (RQ needs a process of its own for this). ARGV: now as RQ writes it, queue names.
-local moved = 0
+-- A retry that is not due for longer than any is put off was put off before the clock was set back. (Trainings wait as long as they are told.)
+local moved, now = 0, tonumber(redis.call('TIME')[1])
 for i = 2, #ARGV do
     local registry = SCHEDULED .. ARGV[i]
-    for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry, '-inf', redis.call('TIME')[1], 'LIMIT', 0, 500)) do
+    if ARGV[i] ~= 'train' then
+        for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry, now + LONGEST_RETRY_S, '+inf', 'LIMIT', 0, 500)) do
+            redis.call('ZADD', registry, 'XX', now, id)
+        end
+    end
+    for _, id in ipairs(redis.call('ZRANGEBYSCORE', registry, '-inf', now, 'LIMIT', 0, 500)) do
         redis.call('ZREM', registry, id)
         if status_of(id) == 'scheduled' then
             redis.call('HSET', JOB .. id, 'status', 'queued', 'enqueued_at', ARGV[1], 'origin', ARGV[i])

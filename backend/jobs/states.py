@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -18,6 +20,30 @@ PUBLISH_BAG = "backend.jobs.tasks.publish_bag"
 PUBLISH_TASK = "backend.jobs.tasks.publish_task"
 TRAIN = "backend.jobs.tasks.train"
 ALLOWED_FUNCTIONS = frozenset({ANALYSE, PUBLISH_BAG, PUBLISH_TASK, TRAIN})
+
+
+def takes(function: str, args: object) -> bool:
+    """Whether ``args`` are such as we enqueue one of our functions with. Something else may write to this Redis."""
+    match function, args:
+        case (_, [dict() as request]) if function == ANALYSE:
+            return _is_key(request.get("key")) and isinstance(request.get("slide"), dict)
+        case (_, [key]) if function == PUBLISH_BAG:
+            return _is_key(key)
+        case (_, [key, dict() as waiting]) if function == PUBLISH_TASK:
+            numbers = all(type(waiting.get(name)) is int for name in ("project", "task"))
+            return (
+                numbers
+                and _is_key(key)
+                and all(isinstance(waiting.get(name), str) for name in ("label_config", "model_version"))
+            )
+        case (_, [project]) if function == TRAIN:
+            return type(project) is int and project > 0
+    return False
+
+
+def _is_key(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40}", value) is not None
+
 
 Priority = Literal["interactive", "batch"]
 Status = Literal["queued", "started", "finished", "failed"]
@@ -146,15 +172,15 @@ def state_of(key: str, raw: Mapping[bytes, bytes], position: int | None = None) 
     error = meta.get("error")
     return JobState(
         key=key,
-        status=_STATUS.get(raw[b"status"].decode(), "queued"),
-        queue=raw.get(b"origin", b"").decode(),
+        status=_STATUS.get(raw[b"status"].decode(errors="replace"), "queued"),
+        queue=raw.get(b"origin", b"").decode(errors="replace"),
         stage=str(meta.get("stage", "")),
-        done=int(meta.get("done", 0)),
-        total=int(meta.get("total", 0)),
-        tiles_per_s=None if rate is None else float(rate),
+        done=_count(meta.get("done")),
+        total=_count(meta.get("total")),
+        tiles_per_s=float(rate) if isinstance(rate, int | float) and math.isfinite(rate) else None,
         position=position,
         error=error if isinstance(error, dict) else None,
-        worker=raw.get(b"worker_name", b"").decode(),
+        worker=raw.get(b"worker_name", b"").decode(errors="replace"),
         device=str(meta.get("device", "")),
         enqueued_at=_when(raw.get(b"enqueued_at")),
         started_at=_when(raw.get(b"started_at")),
@@ -163,13 +189,23 @@ def state_of(key: str, raw: Mapping[bytes, bytes], position: int | None = None) 
     )
 
 
+# Something else may write to this Redis: one hash of nonsense must not hide the other jobs from who asks for the list.
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
 def _meta(text: bytes) -> dict[str, Any]:
     try:
         meta = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return meta if isinstance(meta, dict) else {}
 
 
 def _when(text: bytes | None) -> str | None:
-    return datetime.fromisoformat(text.decode().replace("Z", "+00:00")).isoformat() if text else None
+    try:
+        return datetime.fromisoformat(text.decode().replace("Z", "+00:00")).isoformat() if text else None
+    except ValueError:
+        return None

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
 from backend.jobs import scripts
 from backend.jobs.queue import BagQueue, job_fields, training_id
 from backend.jobs.queue_overview import answers_or_unavailable
@@ -51,6 +55,12 @@ class TrainingQueue:
         """To be called when a training starts: what was asked until now is answered by it."""
         self.redis.delete(scripts.training_key(project))
         self.redis.srem(scripts.TRAIN_AGAIN, project)
+        self.redis.hincrby(scripts.TRAINED, project, 1)
+
+    @answers_or_unavailable
+    def runs(self) -> dict[int, int]:
+        """How often each project's training has been started since this Redis is in use."""
+        return {int(project): int(count) for project, count in self.redis.hgetall(scripts.TRAINED).items()}
 
     @answers_or_unavailable
     def resume(self, project: int) -> bool:
@@ -76,6 +86,16 @@ class TrainingQueue:
     def state(self, project: int) -> JobState | None:
         """Where a project's training stands; ``None`` if none is listed."""
         return self._queue.state(training_id(project))
+
+    @answers_or_unavailable
+    def report(self, project: int) -> dict[str, Any] | None:
+        """What a project's last training returned; ``None`` if it failed, has not ended, or is not listed any more."""
+        try:
+            job = Job.fetch(training_id(project), connection=self.redis, serializer=JSONSerializer)
+        except NoSuchJobError:
+            return None
+        found = job.return_value()
+        return found if isinstance(found, dict) else None
 
     def config_changed(self, project: int, label_config: str) -> bool:
         """Whether a project's labelling config is another than when this was asked last (the first time it is not)."""

@@ -14,7 +14,7 @@ import httpx
 from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
 
-from backend.errors import LabelStudioError, LabelStudioUnreachable
+from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound
 from backend.label_studio.versions import is_ours, model_of
 from backend.settings import Settings
 
@@ -26,6 +26,7 @@ Pushed = Literal["created", "updated", "kept"]
 _TIMEOUT_S = 30.0
 _EXPORT_TIMEOUT_S = 300.0
 _PAGE_TASKS = 500
+_TITLES_TOLD = 10
 
 
 class TokenRefused(LabelStudioUnreachable):
@@ -134,9 +135,24 @@ class LabelStudioClient:
 
     def find_project(self, title_or_id: str) -> Any | None:
         """The project with this id, or the first with this title; ``None`` if there is none."""
-        if title_or_id.isdigit():
-            return self._call(lambda: self.sdk.projects.get(id=int(title_or_id)))
+        if title_or_id.isdecimal():
+            try:
+                return self._call(lambda: self.sdk.projects.get(id=int(title_or_id)))
+            except TaskGone:
+                return None
         return self._call(lambda: next((p for p in self.sdk.projects.list() if p.title == title_or_id), None))
+
+    def need_project(self, title_or_id: str) -> Any:
+        """As :meth:`find_project`, but raises :class:`~backend.errors.ProjectNotFound`, naming the projects that there are."""
+        found = self.find_project(title_or_id)
+        if found is None:
+            titles = self._call(lambda: [f"{p.id} {p.title!r}" for p in self.sdk.projects.list()])
+            more = f" and {len(titles) - _TITLES_TOLD} more" if len(titles) > _TITLES_TOLD else ""
+            raise ProjectNotFound(
+                f"There is no project {title_or_id!r} in {self.url}.",
+                hint=f"There are: {', '.join(titles[:_TITLES_TOLD]) or 'none'}{more}.",
+            )
+        return found
 
     def projects_of_model(self, model_version: str) -> list[dict[str, Any]]:
         """The projects at ``model_version`` or at heads on top of it: id, title, tasks, labelled, predictions, version."""
@@ -215,13 +231,9 @@ class LabelStudioClient:
             self._call(lambda: self.sdk.projects.update(id=project, model_version=version))
 
     def follow_version(self, project: int, url: str, version: str) -> None:
-        """Give the project's connection to this backend, and the project itself, the name of ``version``.
-
-        The connection is ours if it has our ``url``, or a title that only we give (where Label Studio reaches us under another address).
-        """
-        for backend in self._call(lambda: self.sdk.ml.list(project=project)):
-            ours = str(backend.url or "").rstrip("/") == url or is_ours(backend.title)
-            if ours and backend.title != version:
+        """Give the project's connection to this backend, and the project itself, the name of ``version``."""
+        for backend in self._connections(project, url):
+            if backend.title != version:
                 # Label Studio asks /health and /setup now; the title, the answer of /setup and the predictions agree from here on.
                 self._call(
                     lambda backend=backend: self.sdk.ml.update(  # type: ignore[misc]
@@ -229,6 +241,15 @@ class LabelStudioClient:
                     )
                 )
         self.settle_model_version(project, version)
+
+    def connected_urls(self, project: int, url: str) -> list[str]:
+        """The addresses under which a project is connected to this backend, see :meth:`follow_version`; without a final slash."""
+        return list(dict.fromkeys(str(b.url).rstrip("/") for b in self._connections(project, url)))
+
+    def _connections(self, project: int, url: str) -> list[Any]:
+        """Those with our ``url``, or a title that only we give (where Label Studio reaches us under another address)."""
+        found = self._call(lambda: list(self.sdk.ml.list(project=project)))
+        return [b for b in found if str(b.url or "").rstrip("/") == url or is_ours(b.title)]
 
     def secure_webhook(self, project: int, url: str, header: str, secret: str) -> None:
         """Have the project's webhook to ``url`` carry ``secret``; make one for annotations and the project if there is none."""
@@ -311,13 +332,27 @@ class LabelStudioClient:
                 hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
             ) from error
         except ApiError as error:
+            if error.status_code == 401:
+                # The next call begins anew: Label Studio may have forgotten a token that has not run out, as after a restart.
+                self.__dict__.pop("sdk", None)
             raise _typed(error, self.url) from error
+        except json.JSONDecodeError as error:  # the SDK, while it exchanges a token
+            raise LabelStudioUnreachable(
+                f"At {self.url} something else answers than Label Studio (no JSON).",
+                hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
+            ) from error
 
 
 def _typed(error: ApiError, url: str) -> LabelStudioError:
     status = error.status_code or 0
     if status >= 500 or status == 429:
         return LabelStudioUnreachable(f"Label Studio at {url} answers {status}.", hint="It is tried again by itself.")
+    if status < 400 or (status == 404 and not isinstance(error.body, Mapping)):
+        # Label Studio says so in JSON. Text is of something in front of it, which says that while Label Studio starts.
+        return LabelStudioUnreachable(
+            f"At {url} something else answers than Label Studio ({status}, no JSON).",
+            hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
+        )
     if status in (401, 403):
         return TokenRefused(
             f"Label Studio at {url} refuses the token ({status}).",

@@ -30,6 +30,8 @@ Slot = dict[str, Any] | list[Any]
 
 # How long the right to hand out a prediction is held: long enough for Label Studio to have stored a whole batch's answer.
 CLAIM_TTL_S = 60.0
+MAX_PROJECT = 2**53
+"""No number of a project is that large: it is where JSON's numbers stop being exact."""
 _LOOKUPS_AT_ONCE = 8
 # What one answer may hold: Label Studio keeps all of it in memory, and so do we. The rest is pushed.
 _ANSWER_MAX_PREDICTIONS = 500
@@ -93,6 +95,8 @@ class Predictor:
                         pending.append(item)  # the stored file was damaged: compute it again
                     else:
                         slots[item.index] = answer
+                        if single and answer and box is None:
+                            self._push_later(item, project, label_config)  # in case this answer does not arrive
                         given += bool(answer)
                         given_bytes += approximate_bytes(answer)
             except BackendError as error:
@@ -206,7 +210,7 @@ class Predictor:
     def _wait(
         self, item: _Pending, project: int | None, label_config: str, box: PercentBox | None, deadline: float
     ) -> Slot:
-        """Wait for one slide. If it is done in time and nobody else has taken the task, answer it here, and nothing is pushed."""
+        """Wait for one slide. If it is done in time and nobody else has taken the task, answer it here; the push that follows finds it there."""
         timeout = max(0.0, deadline - time.monotonic())
         state = self._services.queue.wait([item.key], timeout).get(item.key)
         if state is None or state.status not in ("finished", "failed"):
@@ -218,12 +222,7 @@ class Predictor:
                 f"A worker has finished bag {item.key[:12]}, but its result is not in {self._services.store.url}.",
                 hint="Backend and workers must share one RESULTS_URL (or MODEL_DIR).",
             )
-        if (
-            item.task_id is not None
-            and project is not None
-            and not self._services.queue.take_waiting(item.key, project, item.task_id)
-        ):
-            return []  # the push is under way
+        # The task goes on waiting: should this answer not arrive, because we or the connection end first, a push makes up for it.
         return self._answer(item, project, label_config, box) or []
 
 
@@ -254,7 +253,7 @@ def project_id(project: object, tasks: Sequence[Task]) -> int | None:
     if text.isascii() and text.isdecimal() and len(text) < 19:
         return int(text)
     from_task = tasks[0].get("project") if tasks else None
-    return from_task if isinstance(from_task, int) else None
+    return from_task if type(from_task) is int and 0 < from_task < MAX_PROJECT else None
 
 
-__all__ = ["Predictor", "SlideFailed", "Slot", "Task", "project_id"]
+__all__ = ["MAX_PROJECT", "Predictor", "SlideFailed", "Slot", "Task", "project_id"]

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from redis import Redis
 
-from backend.errors import LabelStudioUnreachable, ResultNotFound
+from backend.errors import LabelStudioUnreachable
 from backend.jobs.pushes import note_push
 from backend.jobs.queue import BagRequest, WaitingTask
 from backend.label_studio.answers import Answers, slide_ref
@@ -50,14 +50,12 @@ def _answers_of(services: Services) -> Answers:
 
 
 def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
-    """Push the prediction of one task. Returns what was done, ``None`` if the task no longer exists.
+    """Push the prediction of one task. Returns what was done, ``None`` if the task no longer exists, or its slide is analysed anew.
 
     It takes the same claim as an answer to /predict, so that the two never store the same prediction twice.
 
     Raises
     ------
-    ResultNotFound
-        The stored result is gone or damaged; the slide has to be analysed again.
     LabelStudioUnreachable, TaskBusy
         Label Studio is away, or the task is being answered: try again later.
     """
@@ -80,7 +78,10 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
             return None
         prediction = _answers_of(services).prediction(key, data, label_config, project=waiting.project)
         if prediction is None:
-            raise ResultNotFound(f"The result {key} of task {waiting.task} is gone.", hint="Open the task again.")
+            log.warning("task %d: the result %s is gone or damaged, the slide is analysed again", waiting.task, key)
+            services.queue.release_claim(waiting.project, waiting.task, waiting.model_version)
+            _ask_anew(services, ref, replace(waiting, label_config=label_config))
+            return None
         snapshot = services.versions.snapshot(waiting.project)
         cluster = snapshot.cluster_of(waiting.task) if snapshot else None
         if cluster is not None:

@@ -65,7 +65,7 @@ def box_from_context(context: Mapping[str, Any] | None) -> PercentBox | None:
         return None
     try:
         x, y, width, height, rotation = (float(value.get(k, 0)) for k in ("x", "y", "width", "height", "rotation"))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         x = y = width = height = rotation = math.nan
     if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0 or rotation != 0:
         raise RequestInvalid(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, HTTPException
+from fastapi import APIRouter, Depends, Header, HTTPException, Query
 from pydantic import BaseModel, ConfigDict, Field
 
 from backend import __version__
@@ -16,7 +16,7 @@ from backend.errors import RequestInvalid
 from backend.label_studio.events import START_TRAINING, WEBHOOK_SECRET_HEADER, take_event
 from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.model import WholeSlideBackend
-from backend.label_studio.predictor import project_id
+from backend.label_studio.predictor import MAX_PROJECT, project_id
 from backend.label_studio.services import Services
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ class WebhookRequest(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    action: str
+    action: str = Field(pattern="^[A-Za-z_]{1,80}$", description="What happened, such as `ANNOTATION_CREATED`.")
     project: dict[str, Any] | None = None
 
 
@@ -128,7 +128,7 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
                 raise HTTPException(401, f"The header {WEBHOOK_SECRET_HEADER} is missing or wrong.")
             await require_user(authorization)
         number = (body.project or {}).get("id")
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < 2**53:
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < MAX_PROJECT:
             raise RequestInvalid(
                 f"The event {body.action[:80]!r} names no project.", hint="Label Studio sends project: {id: …}."
             )
@@ -138,7 +138,7 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
         return {"status": "received", "action": body.action, "training": answer}
 
     @router.get("/versions", dependencies=user)
-    async def versions(project: int | None = None) -> dict[str, list[str]]:
+    async def versions(project: Annotated[int | None, Query(ge=0, lt=MAX_PROJECT)] = None) -> dict[str, list[str]]:
         """The model versions that can be chosen: the model, and the heads trained for a project (or for any)."""
         return {"versions": await anyio.to_thread.run_sync(lambda: services.versions.versions(project))}
 

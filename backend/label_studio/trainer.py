@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
@@ -46,7 +46,7 @@ class TrainingReport:
     version, previous
         The project's model version now and before.
     heads
-        The heads in use: control, level, kind, n_labels, calibrated, metrics.
+        The heads in use: control, level, kind, n_labels, label_counts, calibrated, metrics.
     too_few
         What other controls still need, see :meth:`TooFewLabels.as_dict`.
     issues
@@ -118,13 +118,68 @@ def train(services: Services, project: int, progress: Progress) -> TrainingRepor
     teacher = _teacher_of(services)
     lesson = teacher.lesson(project, config, progress)
     before, old = services.versions.version(project), services.versions.snapshot(project)
-    heads, too_few = _heads(services, project, lesson, teacher, progress)
-    snapshot = _snapshot(services, lesson, config, heads, too_few)
+    digest = lesson.digest(services.model.fingerprint)
+    if old is not None and old.about.get("chosen_for") == digest and old.about["version"] == before:
+        # Somebody put these heads in use (or none), and the labels are those that they had before them then.
+        heads, too_few, chosen_for = services.versions.heads(project), list(old.about["too_few"]), digest
+    else:
+        (heads, too_few), chosen_for = _heads(services, project, lesson, teacher, progress), ""
+    return _settle(services, project, config, lesson, heads, too_few, progress, before=before, chosen_for=chosen_for)
+
+
+def put_in_use(services: Services, project: int, version: str | None, progress: Progress) -> TrainingReport:
+    """Use a stored version of the heads again (``None``: none), and score, push and rank every slide anew with it.
+
+    It stays until a label changes: a training on the labels that there are now keeps it, one on others trains anew.
+
+    Raises
+    ------
+    HeadNotFound, HeadDamaged, HeadMismatch
+        There is no such version; it cannot be read; it was trained on embeddings of another model. Nothing has changed then.
+    LabelConfigUnsupported, LabelStudioUnreachable, LabelStudioError, TaskGone, QueueUnavailable
+        As of :func:`train`.
+    """
+    services.queue.ping()
+    config = parse_config(services.client.label_config(project))
+    lesson = _teacher_of(services).lesson(project, config, progress)
+    before, old = services.versions.version(project), services.versions.snapshot(project)
+    registry, fingerprint = services.versions.registry, services.model.fingerprint
+    heads = None
+    if version is None:
+        registry.retire(project)
+    else:
+        heads = registry.restore(project, version, fingerprint=fingerprint)
+    known = {} if heads is None else heads.heads
+    too_few = [few for few in (old.about["too_few"] if old is not None else ()) if few["control"] not in known]
+    chosen_for = lesson.digest(fingerprint)
+    return _settle(services, project, config, lesson, heads, too_few, progress, before=before, chosen_for=chosen_for)
+
+
+def _settle(
+    services: Services,
+    project: int,
+    config: LabelingConfig,
+    lesson: Lesson,
+    heads: HeadSet | None,
+    too_few: Sequence[Mapping[str, Any]],
+    progress: Progress,
+    *,
+    before: str,
+    chosen_for: str,
+) -> TrainingReport:
+    """Score every slide with the heads in use, write that down, and have Label Studio follow."""
+    old = services.versions.snapshot(project)
+    snapshot = _snapshot(services, lesson, config, heads, too_few, chosen_for)
     write_snapshot(snapshot, services.versions.snapshot_file(project))
     version = services.versions.version(project)
     progress("version", 0, 0)
     services.client.follow_version(project, services.settings.browser_url, version)
-    pushed = _push(services, project, lesson, snapshot, old if version == before else None, version, progress)
+    # One that died between its snapshot and its last push has left slides behind, whatever the versions say.
+    pushed_before = old if old is not None and old.about.get("settled") and version == before else None
+    pushed = _push(services, project, lesson, snapshot, pushed_before, version, progress)
+    write_snapshot(
+        replace(snapshot, about={**snapshot.about, "settled": True}), services.versions.snapshot_file(project)
+    )
     ranked = _rank(services, project, lesson, snapshot, progress) if services.settings.rank_tasks else 0
     report = TrainingReport(
         project=project,
@@ -213,6 +268,7 @@ def _snapshot(
     config: LabelingConfig,
     heads: HeadSet | None,
     too_few: Sequence[Mapping[str, Any]],
+    chosen_for: str,
 ) -> ProjectSnapshot:
     n = len(lesson.slides)
     confidence: Float64Array = np.full(n, np.nan)
@@ -241,6 +297,7 @@ def _snapshot(
         "too_few": [dict(few) for few in too_few],
         "issues": [issue.as_dict() for issue in lesson.issues[:_ISSUES_KEPT]],
         "unanalysed": lesson.unanalysed,
+        "chosen_for": chosen_for,
     }
     return ProjectSnapshot(
         about=about,
@@ -264,6 +321,7 @@ def _about(head: Head) -> dict[str, Any]:
         "level": head.level,
         "kind": head.kind,
         "n_labels": head.n_labels,
+        "label_counts": dict(head.label_counts),
         "calibrated": head.calibrated,
         "metrics": dict(head.metrics),
     }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,12 +95,18 @@ def to_geojson(result: BagResult, name: str, *, object_type: ObjectType = "tile"
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that it is whole or not there: under a temporary name beside it, then renamed. Makes the folder."""
+    with whole_file(path) as temporary, temporary.open("xb") as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path`` to write to: on the disk and renamed to ``path`` at the end, gone after an error. Makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from backend.errors import ResultDamaged, ResultNotFound
+from backend.errors import ResultDamaged, ResultNotFound, StoreUnavailable
 from backend.results.bag import BagResult, Float32Array
 from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
 
@@ -84,25 +84,39 @@ class ResultStore:
         return result
 
     def put(self, key: str, result: BagResult) -> None:
-        """Store ``result`` under ``key``, replacing what was there."""
+        """Store ``result`` under ``key``, replacing what was there.
+
+        Raises
+        ------
+        StoreUnavailable
+            The disk is full, or the store does not take it; nothing has changed.
+        """
         path = self._path(key)
         folder, name = path.rsplit("/", 1)
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
-        self._fs.makedirs(folder, exist_ok=True)
+        # Made in memory, whatever the store: the HDF5 library ends the process when a disk fills up under it.
+        buffer = io.BytesIO()
+        write_hdf5(result, buffer)
         try:
-            if self._local:
-                write_hdf5(result, Path(temporary))
-                with Path(temporary).open("rb") as file:
-                    os.fsync(file.fileno())  # a rename that survives a power cut must not name an empty file
-                Path(temporary).replace(path)
-            else:
-                buffer = io.BytesIO()
-                write_hdf5(result, buffer)
-                self._fs.pipe_file(temporary, buffer.getvalue())
-                self._fs.mv(temporary, path)
-        finally:
-            if self._fs.exists(temporary):
-                self._fs.rm_file(temporary)
+            self._fs.makedirs(folder, exist_ok=True)
+            try:
+                if self._local:
+                    with Path(temporary).open("xb") as file:
+                        file.write(buffer.getbuffer())
+                        file.flush()
+                        os.fsync(file.fileno())  # a rename that survives a power cut must not name an empty file
+                    Path(temporary).replace(path)
+                else:
+                    self._fs.pipe_file(temporary, buffer.getvalue())
+                    self._fs.mv(temporary, path)
+            finally:
+                if self._fs.exists(temporary):
+                    self._fs.rm_file(temporary)
+        except OSError as error:
+            raise StoreUnavailable(
+                f"The result cannot be written: {error.strerror or error}.",
+                hint=f"Is there room in {self.url}, and may the backend write there? The slide is analysed again when asked for.",
+            ) from error
 
     def keys(self) -> Iterator[str]:
         """All keys that have a file."""

@@ -1,0 +1,42 @@
+"""What the modules of the command share: the two consoles, and what several commands do first."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from backend.errors import LicenceNotAccepted
+from backend.settings import Settings, licence_accepted
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def need_licence() -> None:
+    """Refuse to go on without the user's acceptance of mmm's licence."""
+    if not licence_accepted():
+        raise LicenceNotAccepted
+
+
+def embedded_redis(stack: ExitStack, settings: Settings) -> None:
+    """Have a Redis until ``stack`` is left: that of ``REDIS_URL``, else the embedded one, shared if another process runs it."""
+    from backend.jobs.redis_server import EmbeddedRedis
+
+    if not settings.redis_url.get_secret_value():
+        stack.enter_context(EmbeddedRedis(settings.model_dir))
+
+
+class StageBar(Progress):
+    """A progress bar, on standard error, for what reports ``(stage, done, total)``; gone at the end."""
+
+    def __init__(self) -> None:
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[counted]}"))
+        super().__init__(*columns, console=errors, transient=True)
+        self._task = self.add_task("", total=None, counted="")
+
+    def stage(self, stage: str, done: int, total: int) -> None:
+        """Show this."""
+        counted = f"{done}/{total}" if total else ""
+        self.update(self._task, description=stage, completed=done, total=total or None, counted=counted)
