@@ -69,7 +69,7 @@ def run(plan: Plan) -> list[Figure]:
             results_url="",
             basic_auth_user="",
         )
-        with _server(settings) as port:
+        with serving(settings) as port:
             side = plan.pick(448, 2048, 4096)
             first = write_synthetic_slide(slides / "slide.tif", size=(side, side), mpp=0.5, seed=3).path
             stored = _store(Services(settings), first, plan.pick(3, _BATCH, _BATCH))
@@ -82,7 +82,7 @@ def run(plan: Plan) -> list[Figure]:
 
 
 def _stored_one(port: int, stored: Sequence[Path], plan: Plan) -> list[Figure]:
-    with _Client(port) as client:
+    with PredictClient(port) as client:
         first = [client.predict([path]) for path in stored]  # reads the bag and makes its regions, then remembers them
         seconds = [client.predict([stored[i % len(stored)]]) for i in range(plan.pick(4, 200, 1000))]
     p50, p99 = (1000 * percentile(seconds, p) for p in (50, 99))
@@ -94,7 +94,7 @@ def _stored_one(port: int, stored: Sequence[Path], plan: Plan) -> list[Figure]:
 
 
 def _stored_many(port: int, stored: Sequence[Path], plan: Plan) -> list[Figure]:
-    with _Client(port) as client:
+    with PredictClient(port) as client:
         seconds = [client.predict(stored) for _ in range(plan.pick(2, 10, 30))]
     tasks = f"{len(stored)} tasks"
     return [
@@ -107,7 +107,7 @@ def _rate(port: int, stored: Sequence[Path], plan: Plan) -> list[Figure]:
     clients, each = plan.pick(2, 4, 4), plan.pick(3, 100, 500)
 
     def ask(number: int) -> None:
-        with _Client(port) as client:
+        with PredictClient(port) as client:
             for i in range(each):
                 client.predict([stored[(number + i) % len(stored)]])
 
@@ -123,7 +123,7 @@ def _first_progress(port: int, slide: Path, settings: Settings, plan: Plan) -> l
     """From the moment of asking for a new slide to its first encoded tiles in Redis, with a warm worker."""
     services = Services(settings)
     seconds = []
-    with _process(settings, "workers", "--devices", plan.device), _Client(port) as client:
+    with process_of(settings, "workers", "--devices", plan.device), PredictClient(port) as client:
         for number in range(1 + plan.pick(1, 3, 7)):
             path = slide.with_name(f"new-{number}.tif")
             shutil.copyfile(slide, path)
@@ -160,7 +160,7 @@ def _store(services: Services, slide: Path, number: int) -> list[Path]:
     return paths
 
 
-class _Client:
+class PredictClient:
     """One kept connection, as Label Studio's worker has, of the standard library: little of its own time is measured."""
 
     _task_ids = count(1)
@@ -186,7 +186,7 @@ class _Client:
             raise NotAnswered(f"/predict said {response.status}: {text[:300]!r}", hint="Run `wsc-backend doctor`.")
         return seconds
 
-    def __enter__(self) -> _Client:
+    def __enter__(self) -> PredictClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -194,12 +194,12 @@ class _Client:
 
 
 @contextmanager
-def _server(settings: Settings) -> Iterator[int]:
+def serving(settings: Settings) -> Iterator[int]:
     """``wsc-backend serve`` in a process of its own; its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    with _process(settings, "serve", "--host", "127.0.0.1", "--port", str(port)) as process:
+    with process_of(settings, "serve", "--host", "127.0.0.1", "--port", str(port)) as process:
         deadline = time.monotonic() + _LIMIT_S
         while not _healthy(port):
             if process.poll() is not None or time.monotonic() > deadline:
@@ -210,7 +210,7 @@ def _server(settings: Settings) -> Iterator[int]:
 
 
 @contextmanager
-def _process(settings: Settings, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+def process_of(settings: Settings, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """``wsc-backend`` with a command that runs until it is ended; what it logs goes to a file named after it."""
     environment = {**os.environ, **settings_environ(settings)}
     with (settings.model_dir / f"{command[0]}.log").open("wb") as log:

@@ -54,7 +54,7 @@ class Figure:
     benchmark, name
         Which benchmark, and what of it.
     value, unit
-        The figure; the unit is empty for a ratio.
+        The figure, ``None`` where this machine has nothing to measure; the unit is empty for a ratio.
     target
         What it should be, in words, and ``met`` whether it is; empty and ``None`` where there is no target.
     note
@@ -63,7 +63,7 @@ class Figure:
 
     benchmark: str
     name: str
-    value: float
+    value: float | None
     unit: str = ""
     target: str = ""
     met: bool | None = None

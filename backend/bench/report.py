@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -70,7 +70,7 @@ def table(figures: Sequence[Figure], facts: dict[str, Any]) -> Table:
             shown.add_section()
         verdict = {True: "[green]met[/]", False: "[red]missed[/]", None: ""}[figure.met]
         name = figure.benchmark if figure.benchmark != before else ""
-        value = f"{written(figure.value)} {figure.unit}".strip()
+        value = "–" if figure.value is None else f"{written(figure.value)} {figure.unit}".strip()
         shown.add_row(name, figure.name, value, figure.target, verdict, figure.note)
         before = figure.benchmark
     return shown
@@ -83,6 +83,7 @@ def written(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-def save(path: Path, figures: Sequence[Figure], facts: dict[str, Any]) -> None:
-    """The same as JSON: ``{"machine": {…}, "figures": [{…}, …]}``."""
-    write_json(path, json.loads(json.dumps({"machine": facts, "figures": [asdict(figure) for figure in figures]})))
+def save(path: Path, figures: Sequence[Figure], facts: dict[str, Any], failed: Mapping[str, str] | None = None) -> None:
+    """The same as JSON: ``{"machine": {…}, "figures": [{…}, …], "failed": {benchmark: its error}}``."""
+    content = {"machine": facts, "figures": [asdict(figure) for figure in figures], "failed": dict(failed or {})}
+    write_json(path, json.loads(json.dumps(content)))

@@ -19,7 +19,8 @@ from backend.errors import OutOfDeviceMemory, SlideError
 from backend.inference.blocks import NativeBlocks
 from backend.inference.checkpoint import ModelIdentity, ensure_checkpoint, model_identity
 from backend.inference.compiled import CompiledInBackground
-from backend.inference.fast_swin import FastLatents, NotSwin
+from backend.inference.fast_swin import FastLatents, NotSwin, hooked
+from backend.inference.host_threads import in_one_thread, in_small_batches
 from backend.inference.runners import CudaRunner, HostRunner, Runner
 from backend.results.bag import Bag, BagResult, Float32Array, UInt8Array
 from backend.settings import Settings
@@ -31,6 +32,8 @@ Progress = Callable[[int, int], None]
 CUDA_BATCH_TILES = 256
 """Batch on CUDA where ``BATCH_TILES`` is not set: smaller ones leave a data-centre GPU waiting for kernels to be launched."""
 
+_PLAIN_TILES_AT_ONCE = 4
+_POOLED_AT_ONCE = 4096
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -66,6 +69,8 @@ class Engine:
         self.device = blocks.device
         self._dtype = _DTYPES[identity.precision]
         self._cuda = self.device.type == "cuda"
+        # Hooks keep what they see in their module, which threads would share.
+        self._in_pieces = self.device.type == "cpu" and not (hooked(blocks.encoder) or hooked(blocks.squeezer))
         self._fast = _fast_latents(blocks, self._dtype) if fast else None
         self._compiled = CompiledInBackground(self._fast.encode) if compiled and self._fast and self._cuda else None
 
@@ -179,6 +184,11 @@ class Engine:
     @torch.inference_mode()
     def plain_latents(self, pixels: Tensor) -> Tensor:
         """As :meth:`latents`, by the checkpoint's own modules, in this engine's precision."""
+        if self._in_pieces:
+            return in_small_batches(self._by_own_modules, pixels, at_once=_PLAIN_TILES_AT_ONCE)
+        return self._by_own_modules(pixels)
+
+    def _by_own_modules(self, pixels: Tensor) -> Tensor:
         scaled = pixels.permute(0, 3, 1, 2).to(torch.float32).div_(255.0).contiguous()
         with self._autocast():
             return self.blocks.latents(scaled).float()
@@ -193,7 +203,12 @@ class Engine:
         """Latents (N, D) of one bag → attention logits float32 (N, H) and slide vector float32 (D,)."""
         on_device = torch.from_numpy(latents).to(self.device)
         ids = torch.zeros(len(latents), dtype=torch.long, device=self.device)
-        pooled = self.blocks.grouper.pool(on_device, ids)
+        grouper = self.blocks.grouper
+        if self._cuda:
+            pooled = grouper.pool(on_device, ids)
+        else:
+            logits = in_small_batches(grouper.logits, on_device, at_once=_POOLED_AT_ONCE)
+            pooled = in_one_thread(lambda: grouper.pool(on_device, ids, logits))
         return _to_host(pooled.logits), _to_host(pooled.slide_vectors[0])
 
 

@@ -59,7 +59,7 @@ class FastLatents:
     """
 
     def __init__(self, blocks: NativeBlocks, dtype: torch.dtype = torch.float32) -> None:
-        if _name(blocks.squeezer) != _SQUEEZER or _hooked(blocks.squeezer):
+        if _name(blocks.squeezer) != _SQUEEZER or hooked(blocks.squeezer):
             raise NotSwin(f"the squeezer is {_name(blocks.squeezer)}")
         self.swin = FastSwin(blocks.encoder, dtype)
         self._blocks = blocks
@@ -319,7 +319,7 @@ class _WindowAttention:
 
 def _checked_features(encoder: nn.Module) -> list[Any]:
     """The stages of a Swin-V2 encoder, each module looked at; :class:`NotSwin` if one is another than expected."""
-    if encoder.training or _hooked(encoder):
+    if encoder.training or hooked(encoder):
         raise NotSwin("the encoder is in training mode or has hooks")
     _expect(_name(encoder) == _ENCODER, encoder, "the encoder")
     model: Any = encoder.model
@@ -380,7 +380,8 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _hooked(root: nn.Module) -> bool:
+def hooked(root: nn.Module) -> bool:
+    """Whether calling a module may do more than its class says."""
     return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in root.modules())
 
 

@@ -69,20 +69,21 @@ def analyse_file(
         progress("encode", 0, len(bag))
         tiles = read_tiles(slide, bag, chunk=engine.batch_tiles, threads=settings.read_threads)
         try:
-            return engine.analyse(
+            result = engine.analyse(
                 bag,
                 tiles,
                 progress=lambda done, total: progress("encode", done, total),
                 provenance={
                     **_when(started),
                     "slide": path.name,
-                    "reader": slide.reader,
                     "icc_applied": False,
                     "tissue_mpp": settings.tissue_mpp,
                     "tissue_min_fraction": settings.tissue_min_fraction,
                     "tissue_pen_rules": settings.tissue_pen_rules,
                 },
             )
+            # Who reads the pixels may change while they are read.
+            return replace(result, provenance={**result.provenance, "reader": slide.reader})
         finally:
             tiles.close()
 

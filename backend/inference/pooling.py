@@ -124,7 +124,7 @@ class AttentionGrouper(nn.Module):
         u, v = (cast(nn.Module, getattr(self.reducer, name)) for name in self._gate)
         return cast(Tensor, attention(v(latents) * u(latents)))
 
-    def pool(self, latents: Tensor, bag_ids: Tensor) -> PooledBags:
+    def pool(self, latents: Tensor, bag_ids: Tensor, logits: Tensor | None = None) -> PooledBags:
         """Pool one or several bags.
 
         Parameters
@@ -133,6 +133,8 @@ class AttentionGrouper(nn.Module):
             float (N, D) on the grouper's device; N ≥ 1.
         bag_ids
             integer (N,): tiles with the same id form one bag, in any order.
+        logits
+            What :meth:`logits` gives for these latents, where that is known already.
 
         Raises
         ------
@@ -148,7 +150,8 @@ class AttentionGrouper(nn.Module):
         latents = latents.float()
         # Pooling is float32 also under autocast: a softmax over 100 000 tiles has weights near 1e-5.
         with torch.autocast(device_type=latents.device.type, enabled=False):
-            logits = self.logits(latents)
+            if logits is None:
+                logits = self.logits(latents)
             attention = torch.empty_like(logits)
             ids = torch.unique(bag_ids, sorted=True)
             vectors = []

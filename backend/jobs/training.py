@@ -103,8 +103,10 @@ class TrainingQueue:
 
     @answers_or_unavailable
     def _config_changed(self, project: int, label_config: str) -> bool:
-        before = self.redis.getset(scripts.config_key(project), label_config)
-        return before is not None and before.decode() != label_config
+        # A config comes out of a request: half a character in it is no reason to fail.
+        now = label_config.encode("utf-8", "surrogatepass")
+        before = self.redis.getset(scripts.config_key(project), now)
+        return before is not None and bool(before != now)
 
     def _ask(self, project: int, count: int, delay_s: float) -> str:
         job, settings = self._queue.training_job(project), self.settings

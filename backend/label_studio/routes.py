@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, HTTPException, Query
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 
 from backend import __version__
 from backend.errors import RequestInvalid
 from backend.label_studio.events import START_TRAINING, WEBHOOK_SECRET_HEADER, take_event
+from backend.label_studio.json_texts import JsonTexts
 from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.model import WholeSlideBackend
 from backend.label_studio.predictor import MAX_PROJECT, project_id
@@ -70,6 +72,7 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
     """The protocol's routes. ``require_user`` is the dependency that checks basic authentication."""
     router = APIRouter(tags=["Label Studio"])
     backend = WholeSlideBackend(services=services)
+    texts = JsonTexts()
     limiter = anyio.CapacityLimiter(_PREDICT_THREADS)
     user = [Depends(require_user)]
 
@@ -90,8 +93,8 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
             parse_config(body.label_config)
         return {"model_version": services.versions.version(project_id(body.project, ()))}
 
-    @router.post("/predict", dependencies=user)
-    async def predict(body: PredictRequest) -> PredictResponse:
+    @router.post("/predict", dependencies=user, response_model=PredictResponse)
+    async def predict(body: PredictRequest) -> Response:
         """Predictions of finished slides; `[]` for those that are being analysed."""
         context = (body.params or {}).get("context")
         if context is not None and not isinstance(context, dict):
@@ -99,14 +102,18 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
                 "params.context is no object.", hint="It is null, or {'result': [regions]} of a smart tool."
             )
         number = project_id(body.project, body.tasks)
-        results = await anyio.to_thread.run_sync(
-            lambda: backend.predict(
+
+        def answer() -> tuple[int, bytes]:
+            slots = backend.predict(
                 body.tasks, context=context, project=body.project, label_config=body.label_config or ""
-            ),
-            limiter=limiter,
-        )
-        log.info("predict: project %s, %d tasks, %d answered", number, len(results), sum(bool(r) for r in results))
-        return PredictResponse(results=results, model_version=services.versions.version(number))
+            )
+            version = to_json(services.versions.version(number))
+            body_text = b",".join(map(texts.of, slots))
+            return sum(map(bool, slots)), b'{"results":[%b],"model_version":%b}' % (body_text, version)
+
+        answered, text = await anyio.to_thread.run_sync(answer, limiter=limiter)
+        log.info("predict: project %s, %d tasks, %d answered", number, len(body.tasks), answered)
+        return Response(text, media_type="application/json")
 
     @router.post("/webhook")
     async def webhook(

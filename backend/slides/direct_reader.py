@@ -1,13 +1,15 @@
 """Tiled-JPEG slides read directly: the file's own tiles, decoded once each, with OpenSlide as judge and as the way out.
 
 OpenSlide spends two thirds of its time on composing, not on JPEG. Where a file is a plain pyramid of JPEG tiles, this reader takes the tiles
-themselves. It is used for a file only after regions of every level have agreed with OpenSlide, and whatever it cannot decode (missing or
-damaged tiles) is read by OpenSlide after all, so that errors and the filling of holes are the same with both.
+themselves. A level is read so only after regions of it have agreed with OpenSlide: level 0 when the slide is opened, each other one when it is first
+asked for. Where one does not agree, OpenSlide reads the whole file from then on; and whatever cannot be decoded here (missing or
+damaged tiles) it reads after all, so that errors and the filling of holes are the same with both.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +37,15 @@ _SAMPLE_PX = 96
 class DirectSlide(OpenSlideSlide):
     """A slide that OpenSlide opens, whose pixels are read without it where that is proven to be the same.
 
-    ``reader`` says which of both reads the pixels: ``"imagecodecs aperio"`` or ``"openslide aperio"``.
+    ``reader`` says which of both reads the pixels, as far as is known by then: ``"imagecodecs aperio"`` or ``"openslide aperio"``.
     """
 
     _tiles: JpegTiles | None = None  # before the first read, which OpenSlideSlide may do while it opens
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self._agreed: frozenset[int] = frozenset()
+        self._comparing = threading.Lock()
         try:
             self._accept(path)
         except NotDirect as reason:
@@ -59,12 +63,30 @@ class DirectSlide(OpenSlideSlide):
             tiles = JpegTiles(path, levels)
         except OSError as error:
             raise NotDirect(f"it could not be opened: {error}") from error
-        for index, level in enumerate(levels):
-            compared = [self._agrees(tiles, index, *place) for place in _places(level)]
-            if not any(compared):
-                raise NotDirect(f"level {index} has no place to compare: its tiles are missing")
+        self._compare(tiles, 0)
         self._tiles = tiles
         self.reader = f"imagecodecs {vendor}"
+
+    def _compare(self, tiles: JpegTiles, index: int) -> None:
+        """:class:`NotDirect` if a level does not agree with OpenSlide."""
+        compared = [self._agrees(tiles, index, *place) for place in _places(tiles.levels[index])]
+        if not any(compared):
+            raise NotDirect(f"level {index} has no place to compare: its tiles are missing")
+        self._agreed |= {index}
+
+    def _direct(self, level: int) -> JpegTiles | None:
+        """The tiles, if this level of them may be read."""
+        if self._tiles is None or level in self._agreed:
+            return self._tiles
+        with self._comparing:
+            if self._tiles is not None and level not in self._agreed:
+                try:
+                    self._compare(self._tiles, level)
+                except NotDirect as reason:
+                    log.debug("%s is read by OpenSlide from now on: %s", self._path.name, reason)
+                    self._tiles = None
+                    self.reader = f"openslide {self.properties[openslide.PROPERTY_NAME_VENDOR]}"
+            return self._tiles
 
     def _agrees(self, tiles: JpegTiles, level: int, x: int, y: int, w: int, h: int) -> bool:
         """Whether a sample could be compared; :class:`NotDirect` if the readers do not agree on it."""
@@ -86,8 +108,21 @@ class DirectSlide(OpenSlideSlide):
             raise NotDirect(f"it differs from OpenSlide by up to {difference} steps at x {x}, y {y} of level {level}")
         return True
 
+    def _read_exactly(self, level: int, x: int, y: int, factor: tuple[int, int], out: UInt8Array) -> bool:
+        tiles = self._direct(level)
+        if tiles is None or factor not in ((1, 1), (2, 2)):
+            return False
+        halved = factor == (2, 2)
+        if halved and not tiles.halves(level, x, y, 2 * out.shape[1], 2 * out.shape[0]):
+            return False
+        try:
+            tiles.fill(level, x, y, out, halved=halved)
+        except NotDirect:
+            return False  # _read_level meets the same, and says so
+        return True
+
     def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> tuple[Image.Image | UInt8Array, float, float]:
-        tiles = self._tiles
+        tiles = self._direct(level)
         if tiles is not None:
             try:
                 return tiles.read(level, x, y, w, h), x, y

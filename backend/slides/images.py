@@ -39,6 +39,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _UM_PER_INCH = 25_400.0
+_MAX_SAMPLES = 4  # of a pixel: colours and transparency
 
 
 class DecodedImage:
@@ -100,6 +101,8 @@ def load_image(path: Path, settings: Settings | None = None) -> DecodedImage:
         return _load_tiff(path, limit)
     except _DECODING_ERRORS as error:
         raise SlideUnreadable(f"{path.name} is damaged: {error}.", hint="Copy or export it again.") from error
+    except MemoryError as error:
+        raise _no_memory(path) from error
 
 
 def image_size(path: Path, settings: Settings | None = None) -> tuple[int, int]:
@@ -116,6 +119,8 @@ def image_size(path: Path, settings: Settings | None = None) -> tuple[int, int]:
         return load_image(path, settings).rgb.size
     except _DECODING_ERRORS as error:
         raise SlideUnreadable(f"{path.name} is damaged: {error}.", hint="Copy or export it again.") from error
+    except MemoryError as error:
+        raise _no_memory(path) from error
 
 
 def read_patch(path: Path, tile_px: int, settings: Settings | None = None) -> tuple[UInt8Array, tuple[int, int]]:
@@ -179,6 +184,13 @@ def _check_pixels(path: Path, size: tuple[int, int], limit: int) -> None:
         )
 
 
+def _no_memory(path: Path) -> SlideTooLarge:
+    return SlideTooLarge(
+        f"{path.name} does not fit into memory.",
+        hint="It is damaged, or this machine is too small for it: convert it to a tiled pyramid.",
+    )
+
+
 def _stated_mpp(image: Image.Image) -> tuple[float, float] | None:
     dpi = image.info.get("dpi")
     if not isinstance(dpi, tuple) or len(dpi) != 2 or not all(float(v) > 0 for v in dpi):
@@ -218,6 +230,8 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
             if not isinstance(page, tifffile.TiffPage):
                 raise ValueError("its first page is incomplete")
             _check_pixels(path, (page.imagewidth, page.imagelength), limit)
+            if page.size > _MAX_SAMPLES * page.imagewidth * page.imagelength:
+                raise ValueError(f"it has {page.samplesperpixel} samples a pixel, or depth")
             array, photometric, extra = page.asarray(), page.photometric.name, page.extrasamples
             if page.planarconfig == 2 and array.ndim == 3:
                 array = np.moveaxis(array, 0, -1)
@@ -225,7 +239,11 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
             image = _tiff_to_rgb(array, photometric, bool(extra))
             move = _TRANSPOSE.get(int(orientation.value)) if orientation is not None else None
             stated = _tiff_mpp(page)
-    except _DECODING_ERRORS as error:
+    except SlideTooLarge:
+        raise
+    except MemoryError as error:
+        raise _no_memory(path) from error
+    except Exception as error:  # a damaged tag may be of any type, and fails wherever tifffile first computes with it
         raise SlideUnreadable(
             f"{path.name} cannot be decoded: {error}.", hint="Export it as an 8-bit RGB TIFF or as a pyramid."
         ) from error

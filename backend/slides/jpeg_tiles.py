@@ -4,18 +4,19 @@ A 224-pixel tile of a bag rarely lies on the file's own grid of 240, 256 or 512 
 and those of the next row again: decoded tiles are kept, up to a bound in bytes, and shared by the threads. Decoding leaves the interpreter's
 lock, so threads scale.
 
-A half-size decode (libjpeg's scaled DCT) for an exact 2:1 is not used. The decoder at hand that offers it, Pillow's, takes 0.31 ms of CPU for
-a 256-pixel tile against 0.23 ms for the full decode here and 0.40 ms with the reduction that it would save: about a tenth of the time of a
-tile of the bag, for other pixels than OpenSlide's and only where the scale is 2 exactly. Its effect on a model was therefore not weighed.
+At an exact 2:1 (slides of 0.25 µm per pixel) each tile of the file is halved once, as it is decoded, and only the half is kept. That is the same average
+of 2 x 2 pixels, rounded once, that Pillow's ``reduce`` takes of the finished region, without the region: OpenCV does it in 0.01 ms for a 256-pixel
+tile while that lies in the cache. A half-size decode (libjpeg's scaled DCT) would save another fifth, for other pixels than OpenSlide's:
+it is not used. The figures are in ``benchmarks/RESULTS.md``.
 
 Sources: TIFF 6.0; JPEG in TIFF by Adobe's Technical Note 2 (JPEGTables, tag 347); ITU-T T.81 for the markers.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import struct
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import imagecodecs
 import numpy as np
 import tifffile
@@ -32,7 +34,6 @@ from backend.slides.resample import WHITE
 
 _JPEG, _RGB, _YCBCR = 7, 2, 6  # Compression, PhotometricInterpretation
 _COLOUR_SPACES = {_RGB: "RGB", _YCBCR: "YCBCR"}
-_STRUCTURE_ERRORS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, struct.error)
 
 # A bag is read row by row, so what one row decoded must last until the next passes the same column: a band as high as a tile of the bag, which
 # touches two rows of file tiles at 1:1 and three at 2:1. More would only push the band out of the processor's cache; above the cap (very
@@ -44,9 +45,13 @@ _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # a marker that is neither 
 _END_OF_IMAGE = 0xD9
 _START_OF_SCAN = b"\xff\xda"
 _SLACK_BYTES = 16
+_FF = 0xFF
+_LINE = 32  # bytes
+_SLAB_BYTES = 4 * 2**20
 _ZERO_RUN = bytes(64)
 
 _SCRATCH_BYTES = 4 * 2**20
+_HALVED_MAX_PIXELS = 2**18  # OpenCV halves larger tiles in threads of its own, which would compete with the readers
 _WHITE = WHITE[0]  # all three channels
 
 
@@ -101,7 +106,9 @@ def jpeg_levels(path: Path, sizes: Sequence[tuple[int, int]]) -> tuple[JpegLevel
                 if page.is_tiled:
                     pages.setdefault((page.imagewidth, page.imagelength), page)
             return tuple(_level(pages[size]) if size in pages else _none(size) for size in sizes)
-    except (tifffile.TiffFileError, *_STRUCTURE_ERRORS) as error:
+    except NotDirect:
+        raise
+    except Exception as error:  # a damaged tag may be of any type, and fails wherever it is first used
         raise NotDirect(f"its structure could not be read: {error}") from error
 
 
@@ -132,9 +139,11 @@ class _OpenFile:
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        self._size = os.fstat(self._descriptor).st_size
 
     def read(self, offset: int, length: int) -> bytes:
-        return os.pread(self._descriptor, length, offset)
+        # Room is made for `length` bytes before any is read, and a damaged file may speak of terabytes.
+        return os.pread(self._descriptor, min(length, self._size), offset)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -147,15 +156,15 @@ class TileCache:
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._held = 0
-        self._tiles: OrderedDict[tuple[int, int], UInt8Array] = OrderedDict()
-        self._making: dict[tuple[int, int], Future[UInt8Array]] = {}
+        self._tiles: OrderedDict[tuple[int, ...], UInt8Array] = OrderedDict()
+        self._making: dict[tuple[int, ...], Future[UInt8Array]] = {}
         self._lock = threading.Lock()
 
     @property
     def held_bytes(self) -> int:
         return self._held
 
-    def get(self, key: tuple[int, int], make: Callable[[], UInt8Array]) -> UInt8Array:
+    def get(self, key: tuple[int, ...], make: Callable[[], UInt8Array]) -> UInt8Array:
         """The tile of ``key``, made by ``make`` if it is not there. What ``make`` raises, every waiting thread is told; nothing is kept then."""
         with self._lock:
             tile = self._tiles.get(key)
@@ -184,6 +193,28 @@ class TileCache:
         return tile
 
 
+class _Slabs:
+    """Memory for tiles, cut from pieces of 4 MiB, which the system gives in large pages where it can.
+
+    Tile by tile, a slide's first tiles cost a page fault for every 4 KiB: a quarter of the time of a short bag. A piece is given back with its last tile.
+    """
+
+    def __init__(self) -> None:
+        self._rest: dict[tuple[int, ...], list[UInt8Array]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, int, int]) -> UInt8Array:
+        """uint8 of this shape, with what the memory held before."""
+        with self._lock:
+            rest = self._rest.setdefault(shape, [])
+            if not rest:
+                size = -(-math.prod(shape) // _LINE) * _LINE
+                count = -(-_SLAB_BYTES // size)
+                slab = _decoding_memory(count * size).reshape(count, size)
+                rest += [row[: math.prod(shape)].reshape(shape) for row in slab[::-1]]
+            return rest.pop()
+
+
 class JpegTiles:
     """The levels of one file, read by pixel. May be used from several threads at once.
 
@@ -203,6 +234,7 @@ class JpegTiles:
         self.cache = TileCache(cache_bytes or min(max(band, _CACHE_MIN_BYTES), _CACHE_MAX_BYTES))
         self._file = _OpenFile(path)
         self._scratch = threading.local()
+        self._memory = _Slabs()
 
     def read(self, index: int, x: int, y: int, w: int, h: int) -> UInt8Array:
         """Pixels x to x + w, y to y + h of a level as uint8 (h, w, 3) RGB; white beyond its border.
@@ -214,37 +246,78 @@ class JpegTiles:
         NotDirect
             A tile in it is missing (then :class:`MissingTile`), damaged, or looks as if it were.
         """
-        level = self.levels[index]
-        tile_w, tile_h = level.tile_size
-        left, top, right, bottom = max(x, 0), max(y, 0), min(x + w, level.size[0]), min(y + h, level.size[1])
-        pixels = self._canvas(w, h)
-        if (left, top, right, bottom) != (x, y, x + w, y + h):
-            pixels.fill(_WHITE)
-            if left >= right or top >= bottom:
-                return pixels
-        for row in range(top // tile_h, (bottom - 1) // tile_h + 1):
-            y0, y1 = max(top, row * tile_h), min(bottom, (row + 1) * tile_h)
-            for column in range(left // tile_w, (right - 1) // tile_w + 1):
-                x0, x1 = max(left, column * tile_w), min(right, (column + 1) * tile_w)
-                tile = self.tile(index, row * level.columns + column)
-                inside = tile[y0 - row * tile_h : y1 - row * tile_h, x0 - column * tile_w : x1 - column * tile_w]
-                pixels[y0 - y : y1 - y, x0 - x : x1 - x] = inside
+        pixels = self._scratch_array("canvas", (h, w, 3))
+        self.fill(index, x, y, pixels)
         return pixels
 
-    def _canvas(self, w: int, h: int) -> UInt8Array:
-        size = w * h * 3
+    def halves(self, index: int, x: int, y: int, w: int, h: int) -> bool:
+        """Whether the averages of 2 x 2 pixels of a region are those of whole tiles: none of them may cross a tile's border or the level's."""
+        level = self.levels[index]
+        (width, height), (tile_w, tile_h) = level.size, level.tile_size
+        if tile_w * tile_h > _HALVED_MAX_PIXELS or x % 2 or y % 2 or w % 2 or h % 2 or tile_w % 2 or tile_h % 2:
+            return False
+        return (x + w <= width or width % 2 == 0) and (y + h <= height or height % 2 == 0)
+
+    def fill(self, index: int, x: int, y: int, out: UInt8Array, *, halved: bool = False) -> None:
+        """Fill ``out``, uint8 (h, w, 3), with the pixels of a level from x, y on, white beyond its border.
+
+        ``halved``: with the averages of 2 x 2 pixels, rounded to the nearest (halves up); :meth:`halves` must be so. ``x``, ``y`` are level pixels in any case.
+        Raises as :meth:`read`; ``out`` may be written to by then.
+        """
+        level, by = self.levels[index], 1 + halved
+        x, y, (h, w) = x // by, y // by, out.shape[:2]
+        tile_w, tile_h = level.tile_size[0] // by, level.tile_size[1] // by
+        left, top = max(x, 0), max(y, 0)
+        right, bottom = min(x + w, level.size[0] // by), min(y + h, level.size[1] // by)
+        if (left, top, right, bottom) != (x, y, x + w, y + h):
+            out.fill(_WHITE)
+            if left >= right or top >= bottom:
+                return
+        rows = range(top // tile_h, (bottom - 1) // tile_h + 1)
+        columns = range(left // tile_w, (right - 1) // tile_w + 1)
+        # Said before any is decoded: with one missing, the others would be decoded for nothing.
+        if not level.lengths.reshape(-1, level.columns)[rows.start : rows.stop, columns.start : columns.stop].all():
+            raise MissingTile("a tile is missing")
+        for row in rows:
+            y0, y1 = max(top, row * tile_h), min(bottom, (row + 1) * tile_h)
+            for column in columns:
+                x0, x1 = max(left, column * tile_w), min(right, (column + 1) * tile_w)
+                tile = self.tile(index, row * level.columns + column, halved=halved)
+                inside = tile[y0 - row * tile_h : y1 - row * tile_h, x0 - column * tile_w : x1 - column * tile_w]
+                out[y0 - y : y1 - y, x0 - x : x1 - x] = inside
+
+    def _scratch_array(self, name: str, shape: tuple[int, int, int]) -> UInt8Array:
+        """Memory of this thread, which keeps it: fresh memory from the system costs more than filling it."""
+        size = math.prod(shape)
         if size > _SCRATCH_BYTES:
-            return np.empty((h, w, 3), np.uint8)
-        flat: UInt8Array | None = getattr(self._scratch, "flat", None)
+            return _decoding_memory(size).reshape(shape)
+        flat: UInt8Array | None = getattr(self._scratch, name, None)
         if flat is None or len(flat) < size:
-            flat = self._scratch.flat = np.empty(size, np.uint8)
-        return flat[:size].reshape(h, w, 3)
+            flat = _decoding_memory(size)
+            setattr(self._scratch, name, flat)
+        return flat[:size].reshape(shape)
 
-    def tile(self, index: int, number: int) -> UInt8Array:
-        """Tile ``number`` (row by row) of a level as uint8 (tile height, tile width, 3) RGB, shared: not to be written to."""
-        return self.cache.get((index, number), lambda: self._decode(self.levels[index], number))
+    def tile(self, index: int, number: int, *, halved: bool = False) -> UInt8Array:
+        """Tile ``number`` (row by row) of a level as uint8 (tile height, tile width, 3) RGB, shared: not to be written to.
 
-    def _decode(self, level: JpegLevel, number: int) -> UInt8Array:
+        ``halved``: half as high and wide, of averages of 2 x 2 pixels.
+        """
+        if halved:
+            return self.cache.get((index, number, 2), lambda: self._halved(self.levels[index], number))
+        return self.cache.get((index, number), lambda: self._whole(self.levels[index], number))
+
+    def _whole(self, level: JpegLevel, number: int) -> UInt8Array:
+        width, height = level.tile_size
+        return self._decode(level, number, self._memory.take((height, width, 3)))
+
+    def _halved(self, level: JpegLevel, number: int) -> UInt8Array:
+        width, height = level.tile_size
+        whole = self._decode(level, number, self._scratch_array("whole", (height, width, 3)))
+        half = self._memory.take((height // 2, width // 2, 3))
+        cv2.resize(whole, (width // 2, height // 2), dst=half, interpolation=cv2.INTER_AREA)
+        return half
+
+    def _decode(self, level: JpegLevel, number: int, out: UInt8Array) -> UInt8Array:
         offset, length = int(level.offsets[number]), int(level.lengths[number])
         if offset <= 0 or length <= 0:
             raise MissingTile(f"tile {number} is missing")
@@ -256,13 +329,24 @@ class JpegTiles:
             raise NotDirect(f"tile {number}: {doubt if len(data) == length else 'the file ends before it'}")
         try:
             tile: UInt8Array = imagecodecs.jpeg8_decode(
-                data, tables=level.tables, colorspace=level.colour_space, outcolorspace="RGB"
+                data, tables=level.tables, colorspace=level.colour_space, outcolorspace="RGB", out=out
             )
         except (imagecodecs.Jpeg8Error, ValueError, RuntimeError) as error:
             raise NotDirect(f"tile {number}: {error}") from error
         if tile.shape != (level.tile_size[1], level.tile_size[0], 3) or tile.dtype != np.uint8:
             raise NotDirect(f"tile {number} has the shape {tile.shape} of {tile.dtype}")
         return tile
+
+
+def _decoding_memory(size: int) -> UInt8Array:
+    """uint8 (size,) that starts half-way between two multiples of 32 bytes.
+
+    Where a row of pixels starts on one, libjpeg-turbo writes it past the processor's caches, out of which it is read a moment later: a tile
+    then took 0.23 ms in place of 0.19.
+    """
+    memory = np.empty(size + _LINE, np.uint8)
+    start = (_LINE // 2 - memory.__array_interface__["data"][0]) % _LINE
+    return memory[start : start + size]
 
 
 def doubtful(data: bytes) -> str:
@@ -279,8 +363,10 @@ def doubtful(data: bytes) -> str:
     start += len(_START_OF_SCAN)
     if _ZERO_RUN in data:
         return "it holds a run of zeros"
-    # Every FF in the scan is stuffed with 00 but that of the end: two fast counts. The search is for the rest (restart markers, damage).
-    if data.endswith(b"\xff\xd9") and data.count(b"\xff", start) == data.count(b"\xff\x00", start) + 1:
+    # Every FF in the scan is stuffed with 00 but that of the end: a fast look. The search is for the rest (restart markers, damage).
+    scan = np.frombuffer(data, np.uint8, offset=start)
+    marks = np.flatnonzero(scan == _FF)
+    if data.endswith(b"\xff\xd9") and len(marks) and marks[-1] == len(scan) - 2 and not scan[marks[:-1] + 1].any():
         return ""
     end = _MARKER.search(data, start)
     if end is None or data[end.end() - 1] != _END_OF_IMAGE:

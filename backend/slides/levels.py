@@ -56,23 +56,34 @@ class LevelSlide(ABC):
     def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> tuple[Image.Image | UInt8Array, float, float]:
         """At least w x h level pixels, RGB, as an image or as uint8 (h, w, 3), and the level coordinates that their corner really has."""
 
-    def read_region(self, x: float, y: float, size_level0: float, out_px: int) -> UInt8Array:
+    def read_region(
+        self, x: float, y: float, size_level0: float, out_px: int, out: UInt8Array | None = None
+    ) -> UInt8Array:
         if not (
             size_level0 > 0 and out_px > 0 and math.isfinite(x) and math.isfinite(y) and math.isfinite(size_level0)
         ):
             raise ValueError(f"no region: x {x}, y {y}, size {size_level0}, out {out_px}")
-        return self._read(x, y, size_level0, size_level0, out_px, out_px)
+        if out is None:
+            out = np.empty((out_px, out_px, 3), np.uint8)
+        elif out.shape != (out_px, out_px, 3) or out.dtype != np.uint8:
+            raise ValueError(f"out is {out.dtype} {out.shape} for a region of {out_px} pixels")
+        self._read(x, y, size_level0, size_level0, out)
+        return out
 
     def overview(self, max_px: int) -> UInt8Array:
         width, height = self.size
         scale = max(1.0, max(width, height) / max_px)
-        return self._read(0.0, 0.0, width, height, max(1, round(width / scale)), max(1, round(height / scale)))
+        out = np.empty((max(1, round(height / scale)), max(1, round(width / scale)), 3), np.uint8)
+        self._read(0.0, 0.0, width, height, out)
+        return out
 
-    def _read(self, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> UInt8Array:
+    def _read(self, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
+        out_h, out_w = out.shape[:2]
         while True:
             level = best_level(self.level_downsamples, min(w / out_w, h / out_h), self._broken_levels)
             try:
-                return self._read_from(level, x, y, w, h, out_w, out_h)
+                self._read_from(level, x, y, w, h, out)
+                return
             except SlideUnreadable as error:
                 if level == 0:
                     raise
@@ -80,31 +91,39 @@ class LevelSlide(ABC):
                 log.warning("level %d is not used any more: %s", level, error.message)
                 self._broken_levels = self._broken_levels | {level}
 
-    def _read_from(self, level: int, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> UInt8Array:
+    def _read_from(self, level: int, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
         """The request from one level, in blocks where it is large: memory stays bounded even for a slide without coarse levels."""
         ds = self.level_downsamples[level]
+        out_h, out_w = out.shape[:2]
         step_x, step_y = w / out_w, h / out_h
         block = max(1, int(BLOCK_PX * ds / max(step_x, step_y)))
         if out_w <= block and out_h <= block:
-            return self._read_block(level, x, y, w, h, out_w, out_h)
-        result = np.empty((out_h, out_w, 3), np.uint8)
+            self._read_block(level, x, y, w, h, out)
+            return
         for top in range(0, out_h, block):
             for left in range(0, out_w, block):
                 bw, bh = min(block, out_w - left), min(block, out_h - top)
-                part = self._read_block(level, x + left * step_x, y + top * step_y, bw * step_x, bh * step_y, bw, bh)
-                result[top : top + bh, left : left + bw] = part
-        return result
+                part = out[top : top + bh, left : left + bw]
+                self._read_block(level, x + left * step_x, y + top * step_y, bw * step_x, bh * step_y, part)
 
-    def _read_block(self, level: int, x: float, y: float, w: float, h: float, out_w: int, out_h: int) -> UInt8Array:
+    def _read_block(self, level: int, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
         ds = self.level_downsamples[level]
+        out_h, out_w = out.shape[:2]
         left, top, right, bottom = x / ds, y / ds, (x + w) / ds, (y + h) / ds
         scale_x, scale_y = (right - left) / out_w, (bottom - top) / out_h
-        pad = 0 if is_aligned(left, top, scale_x, scale_y) else padding(max(scale_x, scale_y))
+        aligned = is_aligned(left, top, scale_x, scale_y)
+        if aligned and self._read_exactly(level, round(left), round(top), (round(scale_x), round(scale_y)), out):
+            return
+        pad = 0 if aligned else padding(max(scale_x, scale_y))
         level_w, level_h = self._level_sizes[level]
         x0, x1 = _span(left, right, pad, level_w)
         y0, y1 = _span(top, bottom, pad, level_h)
         image, at_x, at_y = self._read_level(level, x0, y0, x1 - x0, y1 - y0)
-        return resample(image, (left - at_x, top - at_y, right - at_x, bottom - at_y), (out_w, out_h))
+        resample(image, (left - at_x, top - at_y, right - at_x, bottom - at_y), (out_w, out_h), out)
+
+    def _read_exactly(self, level: int, x: int, y: int, factor: tuple[int, int], out: UInt8Array) -> bool:  # noqa: ARG002 - for readers that can
+        """Fill ``out`` with the averages of ``factor`` pixels of a level from (x, y) on, as :func:`resample` would; whether that was done."""
+        return False
 
     @abstractmethod
     def close(self) -> None:

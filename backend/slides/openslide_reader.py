@@ -8,6 +8,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import openslide
 from PIL import Image
 
@@ -16,6 +17,7 @@ from backend.results.bag import UInt8Array
 from backend.slides.colours import mislabelled, same_picture
 from backend.slides.levels import BLOCK_PX, LevelSlide
 from backend.slides.resample import WHITE
+from backend.slides.tiff_check import check_tiff
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +53,12 @@ class OpenSlideSlide(LevelSlide):
         self._path = path
         self._cache = cache
         self._lock = threading.Lock()
+        check_tiff(path)
         handle = _Handle(path, cache)
         try:
             slide = handle.slide
+            if min(min(dims) for dims in slide.level_dimensions) < 1:
+                raise SlideUnreadable(f"{path.name} is damaged: a level has {slide.level_dimensions} pixels.")
             super().__init__(
                 size=slide.dimensions,
                 downsamples=[
@@ -63,7 +68,7 @@ class OpenSlideSlide(LevelSlide):
                 level_sizes=slide.level_dimensions,
                 stated=_stated(slide.properties),
                 reader=f"openslide {slide.properties.get(openslide.PROPERTY_NAME_VENDOR, '')}".strip(),
-                properties=dict(slide.properties),
+                properties=_properties(slide),
                 name=path.name,
             )
         except BaseException:
@@ -85,7 +90,9 @@ class OpenSlideSlide(LevelSlide):
             edge = min(*self.size, _PROBE_PX * ds, BLOCK_PX * self.level_downsamples[trusted])
             x, y = (self.size[0] - edge) / 2, (self.size[1] - edge) / 2
             try:
-                coarse, fine = (self._read_block(i, x, y, edge, edge, 16, 16) for i in (level, trusted))
+                coarse, fine = np.empty((2, 16, 16, 3), np.uint8)
+                self._read_block(level, x, y, edge, edge, coarse)
+                self._read_block(trusted, x, y, edge, edge, fine)
                 reason = "" if same_picture(coarse, fine) else f"its colours are not those of level {trusted}"
             except SlideUnreadable as error:
                 reason = error.message
@@ -187,6 +194,12 @@ def _true_downsample(full: tuple[int, int], level: tuple[int, int], stated: floa
     if whole >= 1 and all(abs(f / whole - n) < 1 for f, n in zip(full, level, strict=True)):
         return float(whole)
     return float(stated)
+
+
+def _properties(slide: openslide.OpenSlide) -> dict[str, str]:
+    """What the file says of itself. A damaged one may list names that OpenSlide then does not find."""
+    values = {name: slide.properties.get(name) for name in slide.properties}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _stated(properties: Mapping[str, str]) -> tuple[float, float] | None:

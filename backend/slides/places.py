@@ -56,6 +56,8 @@ def classify(value: object, settings: Settings) -> Place:
         raise TaskFieldMissing("The task's slide field is empty.")
     if len(value) > _MAX_LENGTH or any(ord(c) < 32 or ord(c) == 127 for c in value):
         raise SourceRefused(f"{shown(value)} holds control characters or is longer than {_MAX_LENGTH}.")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise SourceRefused(f"{shown(value)} holds half of a character.", hint="Names of files must be UTF-8.")
     match = _SCHEME.match(value)
     scheme = match.group(1).lower() if match else ""
     if scheme in ("http", "https"):

@@ -57,8 +57,13 @@ class Slide(Protocol):
     @property
     def level_downsamples(self) -> tuple[float, ...]: ...
 
-    def read_region(self, x: float, y: float, size_level0: float, out_px: int) -> UInt8Array:
-        """The square with top-left corner (x, y) and edge ``size_level0`` (level-0 pixels) as uint8 (out_px, out_px, 3) RGB."""
+    def read_region(
+        self, x: float, y: float, size_level0: float, out_px: int, out: UInt8Array | None = None
+    ) -> UInt8Array:
+        """The square with top-left corner (x, y) and edge ``size_level0`` (level-0 pixels) as uint8 (out_px, out_px, 3) RGB.
+
+        ``out``: an array of this kind to write it into, which is returned then; what it holds after an error is undefined.
+        """
         ...
 
     def overview(self, max_px: int) -> UInt8Array:

@@ -50,7 +50,10 @@ def padding(scale: float) -> int:
 
 
 def resample(
-    image: Image.Image | UInt8Array, box: tuple[float, float, float, float], size: tuple[int, int]
+    image: Image.Image | UInt8Array,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    out: UInt8Array | None = None,
 ) -> UInt8Array:
     """Scale the part ``box`` of an RGB image to ``size``.
 
@@ -62,27 +65,34 @@ def resample(
         left, top, right, bottom in pixels of ``image``; fractions count.
     size
         width and height of the answer in pixels.
+    out
+        Where to write the answer, uint8 (height, width, 3). Without it new memory is taken.
 
     Returns
     -------
-    uint8 (height, width, 3), C-contiguous, and never a view of ``image``.
+    uint8 (height, width, 3): ``out``, or a C-contiguous array. Never a view of ``image``.
     """
+    if out is None:
+        out = np.empty((size[1], size[0], 3), np.uint8)
     left, top, right, bottom = box
     scale_x, scale_y = (right - left) / size[0], (bottom - top) / size[1]
     if is_aligned(left, top, scale_x, scale_y):
         whole = (round(left), round(top), round(right), round(bottom))
         factor = (round(scale_x), round(scale_y))
-        if factor == (1, 1):
-            if isinstance(image, np.ndarray):
-                return np.array(image[whole[1] : whole[3], whole[0] : whole[2]], order="C")
-            return np.array(image.crop(whole), dtype=np.uint8, order="C")
-        return np.array(_as_image(image).reduce(factor, box=whole), dtype=np.uint8, order="C")
+        if factor != (1, 1):
+            out[:] = np.asarray(_as_image(image).reduce(factor, box=whole))
+        elif isinstance(image, np.ndarray):
+            out[:] = image[whole[1] : whole[3], whole[0] : whole[2]]
+        else:
+            out[:] = np.asarray(image.crop(whole))
+        return out
     near = max(scale_x, scale_y) < _BILINEAR_BELOW
     method = Image.Resampling.BILINEAR if near else Image.Resampling.HAMMING
     image = _as_image(image)
     # Rounding may put a box that ends with the image 1e-13 beyond it, which Pillow refuses.
     inside = (max(left, 0.0), max(top, 0.0), min(right, float(image.width)), min(bottom, float(image.height)))
-    return np.array(image.resize(size, method, box=inside), dtype=np.uint8, order="C")
+    out[:] = np.asarray(image.resize(size, method, box=inside))
+    return out
 
 
 def _as_image(pixels: Image.Image | UInt8Array) -> Image.Image:

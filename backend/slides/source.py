@@ -19,6 +19,7 @@ from typing import Literal, cast, get_args
 from backend.errors import MppUnknown, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
 from backend.results.bag import digest
 from backend.settings import Settings
+from backend.slides.companions import check_companions, is_dicom
 from backend.slides.download import DownloadCache, fsspec_identity, http_identity
 from backend.slides.places import Place, allowed_file, classify, shown
 
@@ -157,6 +158,7 @@ class SourceResolver:
                 paths.append(self._cache.get(place, identity))
             else:
                 paths.append(Path(place.location))
+            check_companions(paths[-1], self._settings)
         self._cache.hold(tuple(paths))
         return tuple(paths)
 
@@ -228,7 +230,7 @@ def file_identity(path: Path, settings: Settings) -> str:
                 parts += _stamps(entry for entry in sorted(folder.iterdir()) if entry.is_file())
         elif ending in (".vms", ".vmu"):
             parts += _stamps(entry for entry in sorted(path.parent.iterdir()) if entry.is_file())
-        elif _is_dicom(path):
+        elif is_dicom(path):
             siblings = sorted(
                 entry for entry in path.parent.iterdir() if entry.suffix == path.suffix and entry.is_file()
             )
@@ -244,8 +246,3 @@ def _stamps(paths: Iterable[Path]) -> list[str]:
         status = path.stat()
         stamps.append(f"{path.name}|{status.st_size}|{status.st_mtime_ns}")
     return stamps
-
-
-def _is_dicom(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"

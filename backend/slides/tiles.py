@@ -28,9 +28,9 @@ def read_tiles(slide: Slide, bag: Bag, *, chunk: int, threads: int) -> Generator
     if bag.kind != "slide":
         raise ValueError("read_tiles is for bags cut from a slide; use read_patches")
 
-    def read(index: int) -> UInt8Array:
+    def read(index: int, tile: UInt8Array) -> None:
         x, y = bag.coords[index]
-        return slide.read_region(float(x), float(y), bag.tile_size_level0, bag.tile_px)
+        slide.read_region(float(x), float(y), bag.tile_size_level0, bag.tile_px, tile)
 
     return _read_ahead(read, len(bag), bag.tile_px, chunk, threads)
 
@@ -52,9 +52,9 @@ def read_patches(
     if bag.kind != "patches" or len(paths) != len(bag):
         raise ValueError(f"{len(paths)} patches do not make this bag of {len(bag)} ({bag.kind})")
 
-    def read(index: int) -> UInt8Array:
+    def read(index: int, tile: UInt8Array) -> None:
         _check_file(paths[index])
-        return read_patch(paths[index], bag.tile_px, settings)[0]
+        tile[:] = read_patch(paths[index], bag.tile_px, settings)[0]
 
     return _read_ahead(read, len(bag), bag.tile_px, chunk, threads)
 
@@ -67,7 +67,7 @@ def _check_file(path: Path) -> None:
 
 
 def _read_ahead(
-    read: Callable[[int], UInt8Array], count: int, tile_px: int, chunk: int, threads: int
+    read: Callable[[int, UInt8Array], None], count: int, tile_px: int, chunk: int, threads: int
 ) -> Generator[UInt8Array, None, None]:
     if chunk < 1 or threads < 1:
         raise ValueError(f"chunk {chunk} and threads {threads} must be at least 1")
@@ -76,7 +76,7 @@ def _read_ahead(
 
     def fill(target: UInt8Array, start: int, first: int, last: int) -> None:
         for row in range(first, last):
-            target[row] = read(start + row)
+            read(start + row, target[row])
 
     def submit(start: int) -> None:
         size = min(chunk, count - start)

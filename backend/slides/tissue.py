@@ -10,8 +10,9 @@ Ink is told from stain by which channel it absorbs most. Haematoxylin and eosin 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
-import numpy.typing as npt
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
@@ -25,6 +26,7 @@ INK_SPECK_UM2 = 3_000.0
 INK_RIM_UM = 24.0
 _BLACK = 45
 _MAX_TINT = 20.0
+_COUNTED_AT_ONCE = 2**18
 
 
 def tissue_mask(rgb: UInt8Array, mpp: float, *, pen_rules: bool) -> BoolArray:
@@ -48,8 +50,7 @@ def tissue_mask(rgb: UInt8Array, mpp: float, *, pen_rules: bool) -> BoolArray:
     if not mpp > 0:
         raise ValueError(f"mpp must be positive, not {mpp}")
     colours = _without_tint(rgb.astype(np.float32))
-    smooth = ndimage.gaussian_filter(colours, (SMOOTHING_UM / mpp / 2, SMOOTHING_UM / mpp / 2, 0), mode="nearest")
-    chroma = _highest(smooth) - _lowest(smooth)
+    chroma = _smooth_chroma(colours, SMOOTHING_UM / mpp / 2)
     cut = float(np.clip(threshold_otsu(chroma), CHROMA_MIN, CHROMA_MAX)) if np.ptp(chroma) > 0 else CHROMA_MIN
     mask = chroma > cut
     black = _highest(colours) < _BLACK
@@ -68,8 +69,8 @@ def ink_mask(colours: Float32Array, mpp: float) -> BoolArray:
     ``colours`` is float32 (H, W, 3), 0–255. Returns bool (H, W). Seeds below 3 000 µm² are left alone: a few bluish pixels are not a pen.
     """
     red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
-    high, low = _highest(colours), _lowest(colours)
-    chroma = high - low
+    high = _highest(colours)
+    chroma = high - _lowest(colours)
     # Haematoxylin absorbs green more than red however dense it is; a saturated blue that does not is ink.
     cold = _grow(
         (green - red >= 18) & (chroma >= 40) | (green >= red) & (chroma >= 90), (green - red >= 2) & (chroma >= 10), mpp
@@ -80,9 +81,12 @@ def ink_mask(colours: Float32Array, mpp: float) -> BoolArray:
     ink = cold | warm | dark
     if not ink.any():
         return ink
-    distance = ndimage.distance_transform_edt(~ink)
-    near: BoolArray = np.asarray(distance) * mpp <= INK_RIM_UM
-    return near
+    # Distances take 24 bytes a pixel: only those of the ink's surroundings are made.
+    rim = math.ceil(INK_RIM_UM / mpp) + 1
+    (around,) = ndimage.find_objects(ink.view(np.uint8))
+    part = tuple(slice(max(0, s.start - rim), s.stop + rim) for s in around)
+    ink[part] = np.asarray(ndimage.distance_transform_edt(~ink[part])) * mpp <= INK_RIM_UM
+    return ink
 
 
 def _grow(seed: BoolArray, weak: BoolArray, mpp: float) -> BoolArray:
@@ -99,11 +103,26 @@ def _grow(seed: BoolArray, weak: BoolArray, mpp: float) -> BoolArray:
 
 def _large_parts(mask: BoolArray, area_um2: float, mpp: float) -> BoolArray:
     """The connected parts of ``mask`` (by edges) of at least ``area_um2``."""
-    labels, _ = ndimage.label(mask)
-    large = np.bincount(labels.ravel()) * mpp**2 >= area_um2
+    labels, count = ndimage.label(mask)
+    # In pieces, because bincount makes an int64 copy of what it counts.
+    flat = labels.reshape(-1)
+    pixels = sum(
+        np.bincount(flat[i : i + _COUNTED_AT_ONCE], minlength=count + 1) for i in range(0, len(flat), _COUNTED_AT_ONCE)
+    )
+    large = np.asarray(pixels) * mpp**2 >= area_um2
     large[0] = False
     kept: BoolArray = large[labels]
     return kept
+
+
+def _smooth_chroma(colours: Float32Array, sigma: float) -> Float32Array:
+    """The chroma of (H, W, 3), smoothed: (H, W). Channel by channel, since a large slide's overview is needed once here and not twice."""
+    high = low = ndimage.gaussian_filter(colours[..., 0], sigma, mode="nearest")
+    for channel in (1, 2):
+        smooth = ndimage.gaussian_filter(colours[..., channel], sigma, mode="nearest")
+        high, low = np.maximum(high, smooth), np.minimum(low, smooth)
+    chroma: Float32Array = np.subtract(high, low)
+    return chroma
 
 
 def _highest(colours: Float32Array) -> Float32Array:
@@ -119,11 +138,12 @@ def _lowest(colours: Float32Array) -> Float32Array:
 
 def _without_tint(colours: Float32Array) -> Float32Array:
     """Divide by the colour of the glass, where there is glass: a yellowish lamp is not tissue."""
-    bright = colours[_lowest(colours) >= 200]
-    if len(bright) < 0.02 * colours.shape[0] * colours.shape[1]:
+    bright = _lowest(colours) >= 200
+    if np.count_nonzero(bright) < 0.02 * bright.size:
         return colours
-    glass: npt.NDArray[np.float32] = np.median(bright, axis=0).astype(np.float32)
+    glass = np.array([np.median(colours[..., channel][bright]) for channel in range(3)], np.float32)
     if glass.max() - glass.min() > _MAX_TINT:
         return colours
-    balanced: Float32Array = np.minimum(colours * (glass.max() / glass), np.float32(255))
+    balanced: Float32Array = colours * (glass.max() / glass)
+    np.minimum(balanced, np.float32(255), out=balanced)
     return balanced

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from openslide import OpenSlide
 from rich.console import Console
+from typer.testing import CliRunner
 
-from backend.bench import numerics
+from backend.bench import numerics, pictures
 from backend.bench.decode import single_tile
 from backend.bench.encoder import make_engine
 from backend.bench.growth import PeakMemory, run
@@ -22,6 +23,7 @@ from backend.bench.material import drawing, grid_bag, some_tiles, write_big_pyra
 from backend.bench.measure import Figure, Plan, at_least, below, interleaved, percentile
 from backend.bench.numerics import cosine
 from backend.bench.report import machine, save, table, written
+from backend.cli import app
 from backend.commands.bench import BENCHMARKS, chosen, run_benchmarks
 from backend.errors import SettingsError
 from backend.inference.blocks import NativeBlocks
@@ -53,7 +55,8 @@ def test_each_benchmark_runs_and_its_figures_are_finite(bench_settings: Settings
     figures = run_benchmarks([name], bench_settings, "cpu", "smallest", scratch=tmp_path)
     assert figures
     assert {figure.benchmark for figure in figures} == {name}
-    assert all(math.isfinite(figure.value) and figure.value >= 0 for figure in figures)
+    assert all(figure.value is None or (math.isfinite(figure.value) and figure.value >= 0) for figure in figures)
+    assert any(figure.value is not None for figure in figures)
     assert len({figure.name for figure in figures}) == len(figures), "no two figures have one name"
     assert all((figure.met is None) == (figure.target == "") for figure in figures)
 
@@ -67,6 +70,7 @@ def test_growth_is_linear_in_work_and_flat_in_memory(plan: Plan) -> None:
     """Time is not asserted. Four times the tiles are four times the work, and hold no more memory beside their latents."""
     figures = {figure.name: figure for figure in run(plan)}
     assert {"slide of 36 tiles", "slide of 144 tiles"} <= figures.keys()
+    assert figures["device memory, 144 tiles"].value is None
     small, large = (figures[f"host memory beside latents, {tiles} tiles"].value for tiles in (36, 144))
     # The larger slide has 108 tiles more: held, they would be 16 MiB as pixels and 62 MiB as what the encoder is given.
     assert large - small < 60
@@ -153,19 +157,47 @@ def test_percentiles_targets_and_numbers_read_as_they_should() -> None:
 
 
 def test_table_and_json_hold_every_figure_and_the_machine(tmp_path: Path) -> None:
-    figures = [Figure("decode", "ours", 123.4, "tiles/s"), at_least("decode", "ratio", 2.0, 3.0, "x", "a note")]
+    figures = [
+        Figure("decode", "ours", 123.4, "tiles/s"),
+        at_least("decode", "ratio", 2.0, 3.0, "x", "a note"),
+        Figure("growth", "device memory", None, "MiB"),
+    ]
     facts = machine("cpu")
     assert {"processor", "cores", "torch", "device", "date", "load_before"} <= facts.keys()
-    save(tmp_path / "results.json", figures, facts)
+    save(tmp_path / "results.json", figures, facts, {"slide": "OSError: no disk"})
     saved = json.loads((tmp_path / "results.json").read_text())
     assert saved["machine"] == facts
+    assert saved["failed"] == {"slide": "OSError: no disk"}
+    assert saved["figures"][2]["value"] is None
     assert saved["figures"][1] == {
         "benchmark": "decode", "name": "ratio", "value": 2.0, "unit": "x", "target": ">= 3 x", "met": False, "note": "a note"
     }  # fmt: skip
     screen = io.StringIO()
     Console(file=screen, width=200).print(table(figures, facts))
-    for words in ("ours", "123.4 tiles/s", ">= 3 x", "missed", "a note", facts["torch"]):
+    for words in ("ours", "123.4 tiles/s", ">= 3 x", "missed", "a note", "–", facts["torch"]):
         assert words in screen.getvalue()
+
+
+def test_a_benchmark_that_fails_takes_no_figures_with_it(
+    bench_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(plan: Plan) -> list[Figure]:
+        raise OSError("no disk")
+
+    monkeypatch.setattr(numerics, "run", broken)
+    monkeypatch.setattr(pictures, "run", lambda _: [Figure("pictures", "regions", 1.0, "ms")])
+    for name, value in (("MODEL_DIR", bench_settings.model_dir), ("COLUMNS", 200)):
+        monkeypatch.setenv(name, str(value))
+    out = tmp_path / "results.json"
+    ran = CliRunner().invoke(app, ["bench", "--only", "numerics,pictures", "--device", "cpu", "--out", str(out)])
+    assert ran.exit_code == 1
+    assert "numerics failed: OSError: no disk" in ran.stderr
+    assert "regions" in ran.stdout
+    saved = json.loads(out.read_text())
+    assert [figure["name"] for figure in saved["figures"]] == ["regions"]
+    assert saved["failed"] == {"numerics": "OSError: no disk"}
+    with pytest.raises(OSError, match="no disk"):
+        run_benchmarks(["numerics"], bench_settings, "cpu", "smallest", scratch=tmp_path)
 
 
 def test_benchmarks_are_chosen_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,6 +53,20 @@ def test_latents_and_pooling_equal_the_plain_float32_snippet(blocks: NativeBlock
     np.testing.assert_allclose(result.slide_embedding, vector[0].numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tiles", [1, 2, 37, 9001])
+def test_pooling_in_threads_is_the_float64_formula(blocks: NativeBlocks, tiles: int) -> None:
+    """Logits in pieces and one thread for the rest, whatever the size of the bag; attention, softmax and mapper written out here."""
+    latents = np.random.default_rng(tiles).normal(size=(tiles, 768)).astype(np.float32)
+    logits, vector = Engine(blocks, identity()).pool(latents)
+    reducer = copy.deepcopy(blocks.grouper.reducer).double()
+    x = torch.from_numpy(latents).double()
+    with torch.inference_mode():
+        expected = reducer.attention(reducer.v(x) * reducer.u(x))
+        expected_vector = reducer.mapper((torch.softmax(expected, dim=0).T @ x).reshape(1, -1))[0]
+    np.testing.assert_allclose(logits, expected.numpy(), atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(vector, expected_vector.numpy(), atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [1, 3, 11, 64])
 def test_the_batch_size_changes_nothing(blocks: NativeBlocks, bag: Bag, batch: int) -> None:
     reference = Engine(blocks, identity(), batch_tiles=5).analyse(bag, chunks([11]))
@@ -68,21 +83,46 @@ def test_progress_counts_every_tile(blocks: NativeBlocks, bag: Bag) -> None:
 def test_running_out_of_memory_halves_the_batch_and_goes_on(
     blocks: NativeBlocks, bag: Bag, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """No CUDA device here: the encoder raises torch's own error for batches over 3 tiles. The handling is the real one."""
+    """No CUDA device here: torch's own error is raised for batches over 3 tiles. The handling is the real one."""
     engine = Engine(blocks, identity(), batch_tiles=8)
     expected = engine.analyse(bag, chunks([11]))
-    real = blocks.latents
+    real = engine.plain_latents
 
-    def small_device(tiles: torch.Tensor) -> torch.Tensor:
-        if len(tiles) > 3:
+    def small_device(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(tiles)
+        return real(pixels)
 
-    monkeypatch.setattr(blocks, "latents", small_device)
+    monkeypatch.setattr(engine, "plain_latents", small_device)
     result = engine.analyse(bag, chunks([11]))
     assert engine.batch_tiles == 2
     assert "out of memory; going on with batches of 2" in caplog.text
     np.testing.assert_allclose(result.attention_logits, expected.attention_logits, atol=1e-4)
+
+
+def test_an_encoder_with_hooks_is_given_whole_batches_and_others_pieces(
+    blocks: NativeBlocks, bag: Bag, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces run in threads at once, and a hook may keep what it saw in its module."""
+    given: list[int] = []
+    real = blocks.latents
+
+    def counting(tiles: torch.Tensor) -> torch.Tensor:
+        given.append(len(tiles))
+        return real(tiles)
+
+    monkeypatch.setattr(blocks, "latents", counting)
+    in_pieces = Engine(blocks, identity(), batch_tiles=11).analyse(bag, chunks([11]))
+    assert max(given) <= 4
+    assert sum(given) == 11
+    given.clear()
+    hook = blocks.encoder.register_forward_hook(lambda *_: None)
+    try:
+        whole = Engine(blocks, identity(), batch_tiles=11).analyse(bag, chunks([11]))
+    finally:
+        hook.remove()
+    assert given == [11]
+    np.testing.assert_allclose(in_pieces.attention_logits, whole.attention_logits, atol=1e-4)
 
 
 def test_no_memory_for_one_tile_is_a_clear_error(

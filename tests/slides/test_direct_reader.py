@@ -77,6 +77,101 @@ def test_a_level_of_odd_size_is_read_on_whole_pixels(tmp_path: Path) -> None:
         assert difference(reference.read_region(2 * x, 2 * y, 448, 224), expected) > 0
 
 
+def pyramid(path: Path, size: tuple[int, int], tile: int = 256) -> Path:
+    """Levels 1 and 4 at 0.25 µm per pixel, as scanners write them: tiles at 0.5 are halved from level 0. Noise, on which each rounding shows."""
+    noise = np.random.default_rng(5).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    with tifffile.TiffWriter(path) as writer:
+        for level, mpp in ((noise, 0.25), (noise[::4, ::4], 1.0)):
+            writer.write(
+                level,
+                photometric="ycbcr",
+                tile=(tile, tile),
+                compression="jpeg",
+                compressionargs={"level": 90},
+                subfiletype=int(mpp > 0.25),
+                resolution=(10_000 / mpp,) * 2,
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
+    return path
+
+
+@pytest.mark.parametrize("size", [(1600, 1200), (1503, 1101)], ids=["even", "odd"])
+@pytest.mark.parametrize("tile", [256, 240, 1024])
+def test_halved_tiles_are_the_exact_average_of_the_files_pixels(
+    tmp_path: Path, size: tuple[int, int], tile: int
+) -> None:
+    path = pyramid(tmp_path / "slide.tif", size, tile)
+    with tifffile.TiffFile(path) as file:
+        truth = file.pages[0].asarray()
+    inside = np.full((size[1] + 1000, size[0] + 1000, 3), 255, np.uint16)
+    inside[500 : 500 + size[1], 500 : 500 + size[0]] = truth
+    with DirectSlide(path) as direct, OpenSlideSlide(path) as reference:
+        assert direct.reader == "imagecodecs generic-tiff"
+        for x, y in [(0, 0), (448, 448), (202, 406), (101, 203), (-30, -40), (size[0] - 200, size[1] - 300)]:
+            found = direct.read_region(x, y, 448, 224)
+            box = inside[y + 500 : y + 948, x + 500 : x + 948]
+            average = (box[::2, ::2] + box[1::2, ::2] + box[::2, 1::2] + box[1::2, 1::2] + 2) >> 2
+            assert np.array_equal(found, average)
+            assert np.array_equal(found, reference.read_region(x, y, 448, 224))
+
+
+def test_each_file_tile_is_decoded_once_where_it_is_halved(
+    tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pyramid(tmp_path / "slide.tif", (2048, 2048))
+    decoded: list[int] = []
+    decode = imagecodecs.jpeg8_decode
+
+    def counting(data: bytes, **options: object) -> UInt8Array:
+        decoded.append(hash(data))
+        return decode(data, **options)
+
+    with DirectSlide(path) as slide:
+        monkeypatch.setattr(imagecodecs, "jpeg8_decode", counting)
+        for y in range(0, 2048 - 448, 448):
+            for x in range(0, 2048 - 448, 448):
+                slide.read_region(x, y, 448, 224)
+    assert len(decoded) == len(set(decoded)) == 7 * 7
+    assert slide.reader.startswith("imagecodecs")
+
+
+def test_a_coarser_level_that_differs_leaves_the_slide_to_openslide_when_it_is_asked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = pyramid(tmp_path / "slide.tif", (1600, 1200))
+    decode = imagecodecs.jpeg8_decode
+
+    def darker(data: bytes, **options: object) -> UInt8Array:
+        tile = decode(data, **options)
+        tile //= 2
+        return tile
+
+    with DirectSlide(path) as direct, OpenSlideSlide(path) as reference:
+        before = direct.read_region(0, 0, 448, 224)
+        assert direct.reader == "imagecodecs generic-tiff"
+        with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.DEBUG, logger="backend.slides"):
+            patch.setattr(imagecodecs, "jpeg8_decode", darker)
+            coarse = direct.read_region(0, 0, 896, 224)
+        assert np.array_equal(coarse, reference.read_region(0, 0, 896, 224))
+        assert direct.reader == "openslide generic-tiff"
+        assert "is read by OpenSlide from now on: it differs" in caplog.text
+        assert np.array_equal(direct.read_region(0, 0, 448, 224), before)
+
+
+def test_a_region_can_be_read_into_an_array_that_is_there(synthetic_slide: SyntheticSlide) -> None:
+    held = np.zeros((3, 224, 224, 3), np.uint8)
+    for kind in (DirectSlide, OpenSlideSlide):
+        with kind(synthetic_slide.path) as slide:
+            for edge in (224.0, 448.0, 300.7):
+                held[:] = 7
+                assert np.shares_memory(slide.read_region(100.3, 200, edge, 224, held[1]), held)
+                assert np.array_equal(held[1], slide.read_region(100.3, 200, edge, 224))
+                assert (held[::2] == 7).all()
+            with pytest.raises(ValueError, match="out is uint8"):
+                slide.read_region(0, 0, 224, 200, held[1])
+
+
 def test_a_bag_is_the_same_by_both_readers(synthetic_slide: SyntheticSlide, settings: Make) -> None:
     made = []
     for kind in (DirectSlide, OpenSlideSlide):
