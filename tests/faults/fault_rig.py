@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 from fault_processes import TWEAKS
 from label_studio_stub import CONFIG, StudioStub
+from redis.exceptions import RedisError
 from redis_rig import OwnRedis, RedisProxy, free_port
 
 from backend.jobs.pool import settings_environ
@@ -159,6 +160,9 @@ class Rig:
     def close(self) -> None:
         self._stack.close()
         self.services.close()
+        if not self.settings.redis_url.get_secret_value():
+            with suppress(RedisError):  # it outlives a process that was killed, as it should, but not the test
+                self.redis.shutdown(nosave=True)
         self.redis.close()
         self.studio.stop()
 
