@@ -14,7 +14,7 @@ from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-BENCHMARKS = ("encoder", "numerics", "decode", "slide", "answers", "publish", "pictures", "growth", "start")
+BENCHMARKS = ("encoder", "numerics", "decode", "slide", "answers", "publish", "pictures", "learning", "growth", "start")
 """In the order in which they run; each is a module of :mod:`backend.bench` with a function ``run``."""
 
 

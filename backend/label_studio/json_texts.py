@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-_MAX_BYTES = 32 * 2**20
+_MAX_BYTES = 64 * 2**20
 
 
 class JsonTexts:
@@ -30,7 +30,7 @@ class JsonTexts:
             if name in self._texts:
                 self._texts.move_to_end(name)
                 return self._texts[name][1]
-        text = to_json(slot)
+        text = to_json(slot, inf_nan_mode="null")
         with self._lock:
             if name not in self._texts:
                 self._texts[name] = slot, text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import pytest
 from job_helpers import eventually, ledger, workers
@@ -11,14 +10,14 @@ from redis import Redis
 
 from backend.jobs import scripts
 from backend.jobs.queue import BagQueue
-from backend.jobs.redis_server import EmbeddedRedis
 from backend.jobs.training import TrainingQueue
 from backend.settings import Settings
 
 
 @pytest.fixture
-def training(settings: Callable[..., Settings], redis: Redis) -> TrainingQueue:
-    return TrainingQueue(BagQueue(settings(train_debounce_n=3, train_debounce_s=30), redis))
+def training(settings: Settings, redis: Redis) -> TrainingQueue:
+    patient = settings.model_copy(update={"train_debounce_n": 3, "train_debounce_s": 30.0})
+    return TrainingQueue(BagQueue(patient, redis))
 
 
 def due_in_s(redis: Redis, project: int) -> float:
@@ -102,22 +101,15 @@ def test_only_another_labelling_config_is_a_change(training: TrainingQueue) -> N
 # --- real workers -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def real(settings: Callable[..., Settings], embedded_redis: EmbeddedRedis, redis: Redis) -> Settings:
-    made = settings(redis_url=embedded_redis.url, train_debounce_s=0)
-    made.model_dir.mkdir(parents=True)
-    return made
-
-
-def test_a_real_worker_trains_once_more_for_all_that_was_asked_meanwhile(real: Settings, redis: Redis) -> None:
-    training = TrainingQueue(BagQueue(real, redis))
-    with workers(real, 1, "train"):
+def test_a_real_worker_trains_once_more_for_all_that_was_asked_meanwhile(settings: Settings, redis: Redis) -> None:
+    training = TrainingQueue(BagQueue(settings, redis))
+    with workers(settings, 1, "train"):
         training.train_now(7)
-        eventually(lambda: ledger(real, "training"), "the training has begun")
+        eventually(lambda: ledger(settings, "training"), "the training has begun")
         training.train_now(7)
         training.train_now(7)
-        (real.model_dir / "go-on").touch()
-        eventually(lambda: ledger(real, "training").count("end 7") == 2, "it has run once more")
+        (settings.model_dir / "go-on").touch()
+        eventually(lambda: ledger(settings, "training").count("end 7") == 2, "it has run once more")
         eventually(lambda: (s := training.state(7)) is not None and s.status == "finished", "it has settled")
         time.sleep(1.0)
-    assert ledger(real, "training") == ["begin 7", "end 7", "begin 7", "end 7"]
+    assert ledger(settings, "training") == ["begin 7", "end 7", "begin 7", "end 7"]
