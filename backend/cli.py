@@ -119,7 +119,7 @@ def serve(
 
     _stop_on_sigterm()
     settings = load_settings(**{k: v for k, v in (("host", host), ("port", port)) if v is not None})
-    configure_logging(settings.log_level, "serve")
+    configure_logging(settings.log_level, "serve", settings.log_format)
     on_shutdown = None
     with ExitStack() as stack:
         listener = bind(settings.host, settings.port)
@@ -150,7 +150,7 @@ def workers(
     need_licence()
     _stop_on_sigterm()
     settings = load_settings(**({"devices": devices} if devices else {}))
-    configure_logging(settings.log_level, "workers")
+    configure_logging(settings.log_level, "workers", settings.log_format)
     with ExitStack() as stack:
         embedded_redis(stack, settings)
         pool = WorkerPool(settings)
@@ -187,7 +187,7 @@ def import_(
     from backend.slides.discover import find_slides
 
     settings = load_settings()
-    configure_logging(settings.log_level, "import")
+    configure_logging(settings.log_level, "import", settings.log_format)
     done = import_slides(
         Services(settings),
         find_slides(slides),

@@ -195,6 +195,10 @@ class Settings(BaseSettings):
         "INFO", description="`DEBUG`, `INFO`, `WARNING` or `ERROR`."
     )
 
+    log_format: Literal["text", "json"] = Field(
+        "text", description="`text`, or `json`: one object a line, with the bag or project that is worked on."
+    )
+
     @field_validator("slide_roots", "allowed_hosts", "fsspec_protocols", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

@@ -39,6 +39,7 @@ from backend.jobs.queue import TRAINING_PREFIX, BagQueue
 from backend.jobs.redis_server import unavailable
 from backend.jobs.signals import SignalWatch
 from backend.jobs.states import ANALYSE, ANALYSIS_QUEUES, TRAIN
+from backend.jobs.tallies import note_failure
 from backend.jobs.training import TrainingQueue
 
 log = logging.getLogger(__name__)
@@ -273,6 +274,7 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
             exc_info=exc_info if unexpected else None,  # type: ignore[arg-type]
         )
 
+        note_failure(self.connection, (function_of(job) or "unknown").rsplit(".", 1)[-1][:40], failure["code"])
         job.retries_left = retries_left
         ended = ""
 

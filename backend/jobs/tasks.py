@@ -18,7 +18,9 @@ from rq import get_current_job
 from rq.job import Job
 
 from backend.jobs.queue import BagQueue, BagRequest, JobState, WaitingTask
+from backend.jobs.tallies import note_bag
 from backend.jobs.training import TrainingQueue
+from backend.logs import working_on
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -240,10 +242,12 @@ def analyse(request: dict[str, Any]) -> dict[str, Any]:
     if work.store.has(bag.key):
         log.info("bag=%s device=%s already stored", bag.key, work.device)
         return {"key": bag.key, "computed": False}
-    engine = work.engine
-    work.analyser(bag.slide, key=bag.key, settings=work.settings, engine=engine, store=work.store, progress=progress)
-    seconds, tiles = time.monotonic() - started, progress.total
-    log.info("bag=%s device=%s tiles=%d %s total=%.2fs", bag.key, work.device, tiles, progress.summary(), seconds)
+    with working_on(bag=bag.key):
+        parts: dict[str, Any] = {"settings": work.settings, "engine": work.engine, "store": work.store}
+        work.analyser(bag.slide, key=bag.key, progress=progress, **parts)
+        seconds, tiles = time.monotonic() - started, progress.total
+        log.info("bag=%s device=%s tiles=%d %s total=%.2fs", bag.key, work.device, tiles, progress.summary(), seconds)
+    note_bag(work.redis, progress.stage_s, tiles)
     return {"key": bag.key, "computed": True, "tiles": tiles, "seconds": round(seconds, 3)}
 
 
@@ -282,8 +286,9 @@ def train(project: int) -> dict[str, Any]:
     requests = TrainingQueue(work.queue)
     requests.begin(project)
     progress = Progress(get_current_job(), work.device)
-    report = work.trainer(work.settings, work.redis, project, progress)
-    log.info("project=%d %s %s", project, progress.summary(), report.get("message", ""))
+    with working_on(project=project):
+        report = work.trainer(work.settings, work.redis, project, progress)
+        log.info("project=%d %s %s", project, progress.summary(), report.get("message", ""))
     return dict(report)
 
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None, *, prepare: Callable[[tasks.WorkerCo
     except BackendError as error:
         print(error, file=sys.stderr)
         return 1
-    configure_logging(settings.log_level, f"worker[{given.device}:{queues[0]}]")
+    configure_logging(settings.log_level, f"worker[{given.device}:{queues[0]}]", settings.log_format)
     return run_worker(
         settings,
         given.device,

@@ -16,6 +16,8 @@ from prometheus_client import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend.errors import QueueUnavailable
+from backend.jobs.pushes import job_counts
+from backend.jobs.tallies import read_tallies
 from backend.label_studio.services import Services
 
 REQUESTS = Counter("wsc_http_requests_total", "HTTP requests by route and status.", ["route", "status"])
@@ -75,7 +77,26 @@ def render_metrics(services: Services) -> tuple[bytes, str]:
             depth.labels(queue).set(jobs)
         for worker in services.queue.workers():
             workers.labels(str(worker.get("device") or "cpu"), str(worker.get("state"))).inc()
+        _tallied(services, now)
         up.set(1)
     except QueueUnavailable:
         up.set(0)
     return generate_latest(REGISTRY) + generate_latest(now), CONTENT_TYPE_LATEST
+
+
+def _tallied(services: Services, registry: CollectorRegistry) -> None:
+    """What the workers and trainings have added up, as counters."""
+    tallies = read_tallies(services.queue.redis, services.settings)
+    Counter("wsc_bags_total", "Bags computed.", registry=registry).inc(tallies.bags)
+    Counter("wsc_tiles_total", "Tiles computed.", registry=registry).inc(tallies.tiles)
+    stages = Counter("wsc_stage_seconds_total", "Seconds that analyses spent, by stage.", ["stage"], registry=registry)
+    for stage, seconds in tallies.stage_s.items():
+        stages.labels(stage).inc(seconds)
+    failures = Counter("wsc_job_failures_total", "Failed tries of jobs.", ["function", "code"], registry=registry)
+    for (function, code), count in tallies.failures.items():
+        failures.labels(function, code).inc(count)
+    trainings = Counter("wsc_trainings_total", "Trainings started.", registry=registry)
+    trainings.inc(sum(services.training.runs().values()))
+    jobs = Gauge("wsc_jobs", "Jobs that are listed, by status.", ["status"], registry=registry)
+    for status, count in job_counts(services.queue).items():
+        jobs.labels(status).set(count)
