@@ -211,7 +211,7 @@ class ResultDamaged(BackendError):
 
 
 class StoreUnavailable(BackendError):
-    """A result cannot be written: the disk is full, or the store does not answer. Trying later may work."""
+    """A result cannot be written or opened now: the disk is full, files may not be opened, the store does not answer. Trying later may work."""
 
     code = "store_unavailable"
     retryable = True

@@ -116,9 +116,13 @@ class LabelStudioClient:
             done, kept = "kept", right[0]
         elif ours:
             done, kept = "updated", int(ours[0].id)
-            self._call(lambda: self.sdk.predictions.update(id=kept, **prediction))
+            try:
+                self._call(lambda: self.sdk.predictions.update(id=kept, **prediction))
+            except TaskGone:  # only that prediction was deleted meanwhile; if the task is gone too, creating says so
+                done = "created"
         else:
             done = "created"
+        if done == "created":
             self._call(lambda: self.sdk.predictions.create(task=task, **prediction))
             ours = self._predictions(task, version)  # another process may have done the same at the same time
             kept = min(int(p.id) for p in ours) if ours else 0

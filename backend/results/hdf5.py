@@ -18,8 +18,10 @@ The root attribute ``bag`` holds the bag's scalars and ``provenance`` how the re
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +29,7 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from backend.errors import ResultDamaged
+from backend.errors import ResultDamaged, StoreUnavailable
 from backend.results.bag import Bag, BagResult, Float32Array
 
 FORMAT_VERSION = 1
@@ -76,6 +78,8 @@ def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
     ------
     ResultDamaged
         The file is not what :func:`write_hdf5` wrote.
+    StoreUnavailable
+        It cannot be opened, for a reason that is not the file's: too many open files, no permission.
     FileNotFoundError
         There is no such file.
     """
@@ -103,7 +107,22 @@ def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
     except FileNotFoundError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ResultDamaged(f"The stored result cannot be read: {error}") from error
+        raise _damaged_or_unavailable(error) from error
+
+
+# What says nothing about the file: HDF5 hands on the system's number for these, and has none for contents that are wrong.
+_NOT_THE_FILE = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+)
+
+
+def _damaged_or_unavailable(error: Exception) -> ResultDamaged | StoreUnavailable:
+    if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+        return StoreUnavailable(
+            f"A stored result cannot be opened now: {os.strerror(error.errno)}.",
+            hint="Check the permissions of RESULTS_URL and the limit of open files (`ulimit -n`).",
+        )
+    return ResultDamaged(f"The stored result cannot be read: {error}")
 
 
 def read_slide_embedding(file: Path | BinaryIO) -> Float32Array:
@@ -115,7 +134,7 @@ def read_slide_embedding(file: Path | BinaryIO) -> Float32Array:
     except FileNotFoundError:
         raise
     except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise ResultDamaged(f"The stored result cannot be read: {error}") from error
+        raise _damaged_or_unavailable(error) from error
 
 
 def _attributes_sha256(*texts: str) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import resource
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from backend.errors import ResultDamaged, ResultNotFound
+from backend.errors import ResultDamaged, ResultNotFound, StoreUnavailable
 from backend.results.bag import Bag, BagResult, digest
 from backend.results.hdf5 import read_hdf5
 from backend.results.store import ResultStore
@@ -138,3 +141,22 @@ def test_a_bag_of_patches_keeps_its_page_sizes(store: ResultStore) -> None:
     again = store.need(KEY)
     assert again.bag.kind == "patches"
     np.testing.assert_array_equal(again.bag.patch_sizes, sizes)
+
+
+def test_a_result_that_cannot_be_opened_now_is_not_set_aside_as_damaged(tmp_path: Path) -> None:
+    store = ResultStore(str(tmp_path))
+    store.put(KEY, make_result())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(StoreUnavailable, match="Too many open files"):
+            store.get(KEY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        for handle in taken:
+            os.close(handle)
+    assert store.get(KEY) is not None, "it is still there, and good"
