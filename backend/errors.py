@@ -210,6 +210,13 @@ class ResultDamaged(BackendError):
     retryable = True
 
 
+class ResultDamagedAgain(ResultDamaged):
+    """A stored result was damaged time and again: something is wrong with the disk, and computing it once more does not help."""
+
+    code = "result_damaged_again"
+    retryable = False
+
+
 class StoreUnavailable(BackendError):
     """A result cannot be written or opened now: the disk is full, files may not be opened, the store does not answer. Trying later may work."""
 

@@ -11,6 +11,7 @@ import pytest
 
 if TYPE_CHECKING:
     from redis import Redis
+    from s3 import S3
 
     from backend.jobs.redis_server import EmbeddedRedis
     from backend.settings import Settings
@@ -74,6 +75,16 @@ def redis(embedded_redis: EmbeddedRedis) -> Iterator[Redis]:
     with Redis.from_url(embedded_redis.url, socket_timeout=5) as connection:
         connection.flushall()
         yield connection
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[S3]:
+    """A server of the S3 protocol for the whole run."""
+    from s3 import S3
+
+    server = S3()
+    yield server
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -15,20 +15,27 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from backend.errors import ResultDamaged, ResultNotFound, StoreUnavailable
+from backend.errors import BackendError, ResultDamaged, ResultDamagedAgain, ResultNotFound, StoreUnavailable
 from backend.results.bag import BagResult, Float32Array
 from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
 
 log = logging.getLogger(__name__)
 
 _KEY = re.compile(r"[0-9a-f]{40}")
+DAMAGED_MAX = 3
+"""So often a result is computed again because its file was damaged. Then its disk is."""
+# Stores of objects: what is written appears whole or not at all, and renaming is copying.
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"})
 
 
 class ResultStore:
     """Results by bag key.
 
-    Writes go to a temporary name in the same folder and are renamed, so that a reader sees a whole file or none, and two
-    writers of one key leave one whole file. A file that cannot be read back is renamed to ``KEY.h5.damaged-…`` and counts as absent.
+    Writes go to a temporary name in the same folder and are renamed (an object store takes them whole under their name), so that a reader sees a
+    whole file or none, and two writers of one key leave one whole file. A file that cannot be read back is renamed to ``KEY.h5.damaged-…`` and counts as
+    absent, so that it is computed again; after :data:`DAMAGED_MAX` of them that is given up.
+
+    Every method raises :class:`~backend.errors.StoreUnavailable` where the store does not answer.
 
     Parameters
     ----------
@@ -39,36 +46,75 @@ class ResultStore:
     def __init__(self, url: str) -> None:
         self.url = url
         self._fs: Any
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+        # fsspec may remember listings for ever, and others write here too.
+        remembers_nothing = {"use_listings_cache": False} if "://" in url else {}
+        self._fs, self._root = fsspec.core.url_to_fs(url, **remembers_nothing)
         self._local = isinstance(self._fs, LocalFileSystem)
+        protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
+        self._objects = not protocols.isdisjoint(_OBJECT_STORES)
 
     def has(self, key: str) -> bool:
         """Whether a file is stored under ``key`` (it is not opened)."""
-        return bool(self._fs.exists(self._path(key)))
+        path = self._path(key)
+        with self._answers():
+            return bool(self._fs.exists(path))
 
     def get(self, key: str, *, latents: bool = True) -> BagResult | None:
         """The result stored under ``key``; ``None`` if there is none, or a damaged one (which is set aside).
 
         With ``latents=False`` the latents are left out, see :func:`backend.results.hdf5.read_hdf5`.
+
+        Raises
+        ------
+        ResultDamagedAgain
+            It is damaged, and has been so often that computing it again makes no sense.
         """
         path = self._path(key)
         try:
             if self._local:
                 return read_hdf5(Path(path), latents=latents)
-            return read_hdf5(io.BytesIO(self._fs.cat_file(path)), latents=latents)
+            with self._answers():
+                content = self._fs.cat_file(path)
+            return read_hdf5(io.BytesIO(content), latents=latents)
         except FileNotFoundError:
             return None
         except ResultDamaged as error:
-            aside = f"{path}.damaged-{uuid.uuid4().hex[:8]}"
-            log.warning("result %s is damaged (%s); set aside as %s, it will be computed again", key, error, aside)
+            self._set_aside(key, path, error)
+            return None
+
+    def _set_aside(self, key: str, path: str, error: ResultDamaged) -> None:
+        aside = f"{path}.damaged-{uuid.uuid4().hex[:8]}"
+        log.warning("result %s is damaged (%s); set aside as %s", key, error, aside)
+        with self._answers():
             with contextlib.suppress(FileNotFoundError):  # another reader was faster
                 self._fs.mv(path, aside)
-            return None
+            found = self._fs.glob(f"{path}.damaged-*")
+            for surplus in [other for other in found if not str(other).endswith(aside[-8:])][DAMAGED_MAX - 1 :]:
+                self._fs.rm_file(surplus)
+        if len(found) >= DAMAGED_MAX:
+            raise ResultDamagedAgain(
+                f"The stored result of this slide was damaged {len(found)} times; it is not computed again.",
+                hint=f"Check the disk or store of {self.url}; then delete {aside.rsplit('-', 1)[0]}-* and ask again.",
+            ) from error
+
+    @contextlib.contextmanager
+    def _answers(self) -> Iterator[None]:
+        """What the store raises as an error of ours; a file that is not there stays what it is."""
+        try:
+            yield
+        except (FileNotFoundError, BackendError):
+            raise
+        except Exception as error:  # stores raise what their client libraries do, of no common class
+            raise StoreUnavailable(
+                f"The store of results does not answer as it should: {_said(error)}.",
+                hint=f"Can {self.url} be reached and read from this machine?",
+            ) from error
 
     def slide_embedding(self, key: str) -> Float32Array | None:
         """Only the slide embedding, float32 (D,); ``None`` if nothing is stored, or nothing readable."""
+        path = self._path(key)
         try:
-            with self._fs.open(self._path(key), "rb") as file:
+            with self._answers(), self._fs.open(path, "rb") as file:
                 return read_slide_embedding(file)
         except FileNotFoundError:
             return None
@@ -98,6 +144,9 @@ class ResultStore:
         buffer = io.BytesIO()
         write_hdf5(result, buffer)
         try:
+            if self._objects:
+                self._fs.pipe_file(path, buffer.getvalue())
+                return
             self._fs.makedirs(folder, exist_ok=True)
             try:
                 if self._local:
@@ -112,15 +161,17 @@ class ResultStore:
             finally:
                 if self._fs.exists(temporary):
                     self._fs.rm_file(temporary)
-        except OSError as error:
+        except Exception as error:  # stores raise what their client libraries do, of no common class
             raise StoreUnavailable(
-                f"The result cannot be written: {error.strerror or error}.",
+                f"The result cannot be written: {_said(error)}.",
                 hint=f"Is there room in {self.url}, and may the backend write there? The slide is analysed again when asked for.",
             ) from error
 
     def keys(self) -> Iterator[str]:
         """All keys that have a file."""
-        for path in self._fs.glob(f"{self._root}/*/*.h5"):
+        with self._answers():
+            found = self._fs.glob(f"{self._root}/*/*.h5")
+        for path in found:
             name = str(path).rsplit("/", 1)[-1].removesuffix(".h5")
             if _KEY.fullmatch(name):
                 yield name
@@ -130,3 +181,9 @@ class ResultStore:
             # Keys reach us in URLs and in jobs: one that is no digest must never become a path.
             raise ResultNotFound(f"{key[:80]!r} is not a bag key.", hint="A bag key is 40 hexadecimal digits.")
         return f"{self._root}/{key[:2]}/{key}.h5"
+
+
+def _said(error: Exception) -> str:
+    """What an error says, without a final full stop."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(said).rstrip(".")

@@ -6,15 +6,17 @@ import contextlib
 import os
 import resource
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from s3 import S3
 
-from backend.errors import ResultDamaged, ResultNotFound, StoreUnavailable
+from backend.errors import ResultDamaged, ResultDamagedAgain, ResultNotFound, StoreUnavailable
 from backend.results.bag import Bag, BagResult, digest
 from backend.results.hdf5 import read_hdf5
-from backend.results.store import ResultStore
+from backend.results.store import DAMAGED_MAX, ResultStore
 
 
 def make_result(n: int = 50, seed: int = 0) -> BagResult:
@@ -44,9 +46,20 @@ def make_result(n: int = 50, seed: int = 0) -> BagResult:
 KEY = digest({"slide": "a"})
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> ResultStore:
-    return ResultStore(str(tmp_path / "results") if request.param == "local" else f"memory://{tmp_path.name}")
+@pytest.fixture(params=["local", "memory", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty store."""
+    match request.param:
+        case "local":
+            return str(tmp_path / "results")
+        case "memory":
+            return f"memory://{tmp_path.name}"
+    return f"{request.getfixturevalue('s3').bucket()}/some/folder"
+
+
+@pytest.fixture
+def store(place: str) -> ResultStore:
+    return ResultStore(place)
 
 
 def test_a_result_comes_back_exactly(store: ResultStore) -> None:
@@ -111,6 +124,64 @@ def test_a_damaged_file_is_set_aside_and_counts_as_absent(
     assert len(list(tmp_path.glob("*/*.damaged-*"))) == 1  # kept, for whoever wants to know why
     store.put(KEY, make_result())
     assert store.get(KEY) is not None
+
+
+def test_what_another_process_has_stored_or_removed_is_seen(place: str) -> None:
+    ours, theirs = ResultStore(place), ResultStore(place)
+    keys = [KEY, KEY[:-1] + "0", "ff" + KEY[2:]]
+    assert not any(ours.has(key) for key in keys)
+    for stored, key in enumerate(keys, start=1):
+        theirs.put(key, make_result())
+        assert ours.has(key)
+        assert len(list(ours.keys())) == stored, "no listing is remembered"
+
+
+@pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
+def test_a_result_that_is_damaged_again_and_again_is_not_computed_for_ever(place: str) -> None:
+    store = ResultStore(place)
+    path = f"{store._root}/{KEY[:2]}/{KEY}.h5"
+    for _ in range(DAMAGED_MAX - 1):
+        store.put(KEY, make_result())
+        store._fs.pipe_file(path, b"this is no HDF5 file")
+        assert store.get(KEY) is None, "to be computed again"
+    for _ in range(2):
+        store.put(KEY, make_result())
+        store._fs.pipe_file(path, b"this is no HDF5 file")
+        with pytest.raises(ResultDamagedAgain, match="Check the disk") as caught:
+            store.get(KEY)
+        assert not caught.value.retryable
+    asides = store._fs.glob(f"{path}.damaged-*")
+    assert len(asides) == DAMAGED_MAX, "some are kept to look at, and not ever more"
+    for aside in asides:  # what the message says
+        store._fs.rm_file(aside)
+    store.put(KEY, make_result())
+    assert store.get(KEY) is not None
+
+
+@pytest.fixture
+def s3_that_is_away(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    import s3fs
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody is there
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+    s3fs.S3FileSystem.clear_instance_cache()  # with the addresses that they know
+    yield "s3://bucket-of-nobody/results"
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_a_store_that_does_not_answer_says_so(s3_that_is_away: str) -> None:
+    store = ResultStore(s3_that_is_away)
+    for use in (
+        lambda: store.has(KEY),
+        lambda: store.get(KEY),
+        lambda: store.slide_embedding(KEY),
+        lambda: store.put(KEY, make_result()),
+        lambda: list(store.keys()),
+    ):
+        with pytest.raises(StoreUnavailable, match="s3://bucket-of-nobody") as caught:
+            use()
+        assert caught.value.retryable
 
 
 def test_two_writers_of_one_key_leave_one_whole_file(tmp_path: Path) -> None:

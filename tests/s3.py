@@ -1,0 +1,58 @@
+"""An S3 on loopback: moto's server, which speaks the protocol that s3fs speaks with a real one."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+class S3:
+    """A server of buckets in memory, a process of its own, and the variables by which this process and its children find it."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while not _listens(port):
+            assert self._server.poll() is None and time.monotonic() < deadline, "moto's server did not start"
+            time.sleep(0.05)
+        self._buckets = itertools.count(1)
+        self._patch = pytest.MonkeyPatch()
+        variables = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        for name, value in variables.items():
+            self._patch.setenv(name, value)
+
+    def bucket(self) -> str:
+        """A new bucket, as a URL."""
+        import s3fs
+
+        name = f"bucket-{next(self._buckets)}"
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+        return f"s3://{name}"
+
+    def stop(self) -> None:
+        """End the server."""
+        self._patch.undo()
+        self._server.terminate()
+        self._server.wait(10)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
