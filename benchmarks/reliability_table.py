@@ -26,6 +26,7 @@ TITLES = {
     "http": "HTTP",
     "jobs": "Jobs put into Redis by somebody else",
     "secrets": "Secrets",
+    "machines": "Many machines",
     "load": "Load",
 }
 
