@@ -11,7 +11,7 @@ PANEL := backend/web/panel
 export LABEL_STUDIO_VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help install panel demo test test-faults lint bench licence python-version chromium label-studio
+.PHONY: help install panel demo test test-faults lint bench licence python-version chromium redis label-studio
 .SUFFIXES:
 .NOTPARALLEL:
 
@@ -25,11 +25,11 @@ install: $(STAMP) panel  ## install the backend and its development tools into .
 demo: licence install  ## start everything and print the address to open (MODEL=checkpoint, SLIDES=folder are optional)
 	@$(BIN)/wsc-backend demo  # make hands MODEL, SLIDES and every other NAME=value on in the environment
 
-test: licence install chromium label-studio  ## install what the tests need and run them, but for the slow fault tests
+test: licence install chromium redis label-studio  ## install what the tests need and run them, but for the slow fault tests
 	@mkdir -p build
 	@$(BIN)/python -m pytest --basetemp=build/pytest -o tmp_path_retention_policy=failed -m 'not faults_long' $(PYTEST_ARGS)
 
-test-faults: licence install  ## kill, fill, slow down and disconnect what the backend stands on, and count what is lost
+test-faults: licence install redis  ## kill, fill, slow down and disconnect what the backend stands on, and count what is lost
 	@mkdir -p build
 	@$(BIN)/python -m pytest --basetemp=build/pytest-faults -o tmp_path_retention_policy=failed tests/faults $(PYTEST_ARGS)
 
@@ -93,6 +93,17 @@ chromium:
 			|| echo 'Chromium could not be installed: the browser tests will be skipped.' >&2; \
 	else \
 		echo 'No Chromium here, and only root can install it with apt-get: the browser tests will be skipped.' >&2; \
+	fi
+
+# The program that the backend embeds knows no TLS. Debian's redis-tools hold a server that does, and start no service.
+redis:
+	@if command -v redis-server >/dev/null || command -v redis-check-rdb >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+		echo 'Installing redis-tools for the tests'; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends redis-tools; } >/dev/null \
+			|| echo 'redis-tools could not be installed: the test of TLS will be skipped.' >&2; \
+	else \
+		echo 'No redis-server here, and only root can install redis-tools with apt-get: the test of TLS will be skipped.' >&2; \
 	fi
 
 label-studio: install

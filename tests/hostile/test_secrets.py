@@ -23,9 +23,10 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from faults.redis_rig import free_port, redis_program
+from faults.redis_rig import free_port
 from redis import Redis
 from redis.exceptions import RedisError
+from redis_programs import redis_program
 from reliability_report import record
 from slides.slide_makers import stroma, write
 from web_client import CONFIG, predict_body, task
@@ -104,8 +105,10 @@ def redis_with_password(folder: Path) -> Iterator[tuple[str, subprocess.Popen[by
     port, password = free_port(), SECRETS["password of REDIS_URL"]
     folder.mkdir()
     with (folder / "redis.log").open("ab") as log:
-        command = [redis_program(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
-        process = subprocess.Popen([*command, "--requirepass", password], stdout=log, stderr=log)
+        command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+        process = subprocess.Popen(
+            [*command, "--requirepass", password], executable=redis_program(), stdout=log, stderr=log
+        )
     url = f"redis://:{password}@127.0.0.1:{port}/0"
 
     def answers() -> bool:

