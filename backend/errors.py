@@ -320,6 +320,12 @@ class LabelStudioUnreachable(LabelStudioError):
     retryable = True
 
 
+class PushUnsure(LabelStudioUnreachable):
+    """Label Studio was sent a prediction and did not answer: it may have it, or get it later still."""
+
+    code = "push_unsure"
+
+
 class ProjectNotFound(LabelStudioError):
     """Label Studio has no project of this number or title."""
 

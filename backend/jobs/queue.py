@@ -268,6 +268,13 @@ class BagQueue(QueueOverview):
             self._submit_one(self.redis, again, None, True, delay_s)
 
     @answers_or_unavailable
+    def look_again(self, key: str, task: WaitingTask, *, delay_s: int) -> None:
+        """Push a task's prediction once more in ``delay_s`` seconds, which changes nothing where it is there once."""
+        job = self._publishing(PUBLISH_TASK, (key, task.to_json()), f"{publish_id(key, task)}-again")
+        job.description = f"look again at task {task.task} of project {task.project}"
+        self._submit_one(self.redis, job, None, True, delay_s)
+
+    @answers_or_unavailable
     def publish_waiting(self, key: str) -> list[WaitingTask]:
         """Turn every task that waits for a bag into one publish job; returns those. No task is lost or doubled on the way.
 

@@ -17,6 +17,7 @@ from redis.exceptions import RedisError
 from rq import get_current_job
 from rq.job import Job
 
+from backend.errors import JobTimedOut, PushUnsure, WorkerDied
 from backend.jobs.queue import BagQueue, BagRequest, JobState, WaitingTask
 from backend.jobs.tallies import note_bag
 from backend.jobs.training import TrainingQueue
@@ -27,6 +28,10 @@ log = logging.getLogger(__name__)
 
 PROGRESS_EVERY_S = 0.25
 """Shortest time between two writes of a job's progress within one stage."""
+LOOK_AGAIN_S = 180
+"""How long after a push of which it was unsure whether it was stored the task is looked at again: longer than servers work on a request."""
+_UNSURE = "unsure"
+_MAY_HAVE_STORED = (PushUnsure.code, WorkerDied.code, JobTimedOut.code)
 
 
 class Store(Protocol):
@@ -272,11 +277,19 @@ def publish_bag(key: str) -> dict[str, Any]:
 
 
 def publish_task(key: str, waiting: dict[str, Any]) -> dict[str, Any]:
-    """Push the prediction of one task. ``waiting`` is a :class:`~backend.jobs.queue.WaitingTask` as JSON."""
-    work = context()
+    """Push the prediction of one task. ``waiting`` is a :class:`~backend.jobs.queue.WaitingTask` as JSON.
+
+    If an earlier try may have stored it unheard (no answer came, or its worker died), it is looked at again :data:`LOOK_AGAIN_S` later: Label Studio
+    may have been slow, and have stored both.
+    """
+    work, job = context(), get_current_job()
     task = WaitingTask.from_json(waiting)
+    if job is not None and (job.meta.get("error") or {}).get("code") in _MAY_HAVE_STORED:
+        job.meta[_UNSURE] = True  # kept with the job, whatever the next tries fail of
     work.publisher(work.settings, work.redis, key, task)
     log.info("project=%d task=%d version=%s published from bag=%s", task.project, task.task, task.model_version, key)
+    if job is not None and job.meta.get(_UNSURE):
+        work.queue.look_again(key, task, delay_s=LOOK_AGAIN_S)
     return {"key": key, "task": task.task}
 
 

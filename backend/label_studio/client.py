@@ -14,7 +14,7 @@ import httpx
 from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
 
-from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound
+from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
 from backend.label_studio.versions import is_ours, model_of
 from backend.settings import Settings
 
@@ -103,6 +103,12 @@ class LabelStudioClient:
 
         An equal one is kept, another one of that version is updated, surplus ones of that version are deleted. Then those of other versions that
         ``outdated`` names are deleted; all others are left alone.
+
+        Raises
+        ------
+        PushUnsure
+            A new prediction was sent, and no answer came. To be called again, and once more some time after that has succeeded: Label Studio may
+            store late what it was sent first.
         """
         version = prediction["model_version"]
         with_cluster = "cluster" in prediction
@@ -123,13 +129,21 @@ class LabelStudioClient:
         else:
             done = "created"
         if done == "created":
-            self._call(lambda: self.sdk.predictions.create(task=task, **prediction))
+            self._create(task, prediction)
             ours = self._predictions(task, version)  # another process may have done the same at the same time
             kept = min(int(p.id) for p in ours) if ours else 0
         for surplus in sorted({int(p.id) for p in ours} - {kept}) + old:
             with contextlib.suppress(TaskGone):  # another process was faster
                 self._call(lambda surplus=surplus: self.sdk.predictions.delete(id=surplus))  # type: ignore[misc]
         return done
+
+    def _create(self, task: int, prediction: Prediction) -> None:
+        try:
+            self._call(lambda: self.sdk.predictions.create(task=task, **prediction))
+        except LabelStudioUnreachable as error:
+            if not _was_sent(error.__cause__):
+                raise
+            raise PushUnsure(error.message, hint=error.hint) from error
 
     def _predictions(self, task: int, version: str) -> Sequence[Any]:
         found = self._call(lambda: self.sdk.predictions.list(task=task))
@@ -345,6 +359,13 @@ class LabelStudioClient:
                 f"At {self.url} something else answers than Label Studio (no JSON).",
                 hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
             ) from error
+
+
+def _was_sent(cause: BaseException | None) -> bool:
+    """Whether a request that failed of ``cause`` may have reached Label Studio all the same."""
+    if isinstance(cause, ApiError):
+        return (cause.status_code or 0) >= 500  # a proxy's time-out, for one
+    return not isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
 
 
 def _typed(error: ApiError, url: str) -> LabelStudioError:

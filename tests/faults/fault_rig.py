@@ -33,6 +33,8 @@ PROGRAM = (sys.executable, str(Path(__file__).with_name("fault_processes.py")))
 # The repository, for a checkout that is not installed.
 PYTHONPATH = os.pathsep.join([str(Path(__file__).parents[2])])
 SHORTENED_CLAIM_S = 3.0
+STORES_LATE_S = 8
+"""So long after a push that was not sure the tests' backend looks again. Its default is made for a real Label Studio."""
 QUICK = {
     "backend.label_studio.predictor.CLAIM_TTL_S": SHORTENED_CLAIM_S,
     "backend.label_studio.publisher.CLAIM_TTL_S": SHORTENED_CLAIM_S,
@@ -334,7 +336,7 @@ class Rig:
 
     def _under_way(self, names: Sequence[str]) -> bool:
         keys = {self.key(name) for name in names}
-        tasks = {f"task {self.task(name)} of" for name in names}
+        tasks = {f"task {self.task(name)} of" for name in names}  # pushes, and looks at what came of them
         for job in self.queue.jobs(10_000):
             if not job.settled and (
                 job.key in keys or job.key.removeprefix("publish-")[:40] in keys or any(t in job.about for t in tasks)

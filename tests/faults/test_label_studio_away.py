@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import httpx
 import pytest
-from fault_rig import SHORTENED_CLAIM_S, Rig, assert_none_lost, eventually
+from fault_rig import SHORTENED_CLAIM_S, STORES_LATE_S, Rig, assert_none_lost, eventually
 from label_studio_stub import Fault, StudioStub
 from redis_rig import OwnRedis
 from reliability_report import record
@@ -103,6 +103,25 @@ def test_what_was_stored_before_the_answer_was_lost_is_not_stored_twice(rig: Rig
     assert_none_lost(tally, rig)
     assert next(lost, None) is not None or rig.studio.of(rig.task("stored-unheard"))
     record("faults", "Label Studio stores a prediction and its answer is lost", **tally.counts())
+
+
+def test_what_is_stored_long_after_it_was_given_up_is_not_there_twice(rig: Rig) -> None:
+    """Label Studio works on a request for longer than is waited, and ends it after the next try has stored the same."""
+    late = iter([Fault(before_s=STORES_LATE_S - 2, effect=True)])
+
+    def choose(method: str, path: str) -> Fault | None:
+        return next(late, None) if method == "POST" and path == "/api/predictions" else None
+
+    stored: list[int] = []
+    with rig.studio.choosing(choose):
+        rig.ask("stored-late")
+        eventually(
+            lambda: stored.append(len(rig.studio.of(rig.task("stored-late")))) or stored[-1] > 1, "both are stored"
+        )
+        tally = rig.settle("stored-late")
+    assert 1 in stored, "the second try came first"
+    assert_none_lost(tally, rig)
+    record("faults", "Label Studio stores a prediction after it was given up", **tally.counts())
 
 
 @pytest.mark.parametrize("what", ["task", "project"])
