@@ -22,6 +22,7 @@ import httpx
 from backend.errors import BackendError, DownloadFailed, SettingsError, SlideNotFound, SourceError, SourceRefused
 from backend.results.bag import digest
 from backend.settings import Settings
+from backend.slides.peers import guard
 from backend.slides.places import Place, check_redirect, origin, shown
 
 log = logging.getLogger(__name__)
@@ -205,7 +206,10 @@ def _request(
         for _ in range(_MAX_REDIRECTS + 1):
             # The token goes to Label Studio's own files and nowhere else, whoever redirects where.
             private = dict(headers()) if at.kind == "label_studio" else {}
-            request = client.build_request(method, at.location, headers={"Accept-Encoding": "identity", **private})
+            # Label Studio is where the operator says it is, on this machine too; the others are where their names lead.
+            watched = {} if at.kind == "label_studio" else {"trace": guard(at.location, shown(at.location))}
+            headers_sent = {"Accept-Encoding": "identity", **private}
+            request = client.build_request(method, at.location, headers=headers_sent, extensions=watched)
             with _http_errors(at):
                 response = client.send(request, stream=True)
             try:
