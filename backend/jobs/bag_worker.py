@@ -34,8 +34,9 @@ from backend.jobs import scripts, tasks
 from backend.jobs.bag_job import BagJob, describe_failure, function_of
 from backend.jobs.devices import memory_in_use
 from backend.jobs.housekeeping import Heart, Housekeeper
+from backend.jobs.job_forms import TRAINING_PREFIX
 from backend.jobs.leases import Leases
-from backend.jobs.queue import TRAINING_PREFIX, BagQueue
+from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import unavailable
 from backend.jobs.signals import SignalWatch
 from backend.jobs.states import ANALYSE, ANALYSIS_QUEUES, TRAIN

@@ -6,9 +6,7 @@ asked for by ten tasks runs once and answers ten.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
@@ -17,19 +15,17 @@ from typing import Any, TypeVar
 from redis import Redis
 from rq import Queue
 from rq.exceptions import DeserializationError, TimeoutFormatError
-from rq.job import Job, Retry
+from rq.job import Job
 from rq.serializers import JSONSerializer
-from rq.utils import now
 
 from backend.errors import JobNotFound
 from backend.jobs import scripts
+from backend.jobs.job_forms import JobForms, job_fields
 from backend.jobs.queue_overview import QueueOverview, answers_or_unavailable
 from backend.jobs.redis_server import connect
 from backend.jobs.states import (
     ANALYSE,
     ANALYSIS_QUEUES,
-    PUBLISH_BAG,
-    PUBLISH_TASK,
     QUEUES,
     TRAIN,
     BagRequest,
@@ -44,14 +40,10 @@ from backend.settings import Settings
 __all__ = ["QUEUES", "BagQueue", "BagRequest", "JobState", "WaitingTask", "connect"]
 
 POLL_S = 0.05
-PUBLISH_TIMEOUT_S = 300
-"""Longest time that pushing one prediction may take."""
-PUBLISH_BACKOFF_CAP_S = 300
 SWEEP_AFTER_S = 15
 """Age from which a task that waits for a bag nobody computes is looked after."""
 CLAIM_MAX_S = 300
 """No claim on an answer is for longer. One that seems to be was made before the clock was set back."""
-TRAINING_PREFIX = "train-"
 _CHUNK = 500
 # What reading a job raises that something else has put there.
 _FOREIGN_ERRORS = (
@@ -66,11 +58,6 @@ _FOREIGN_ERRORS = (
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def backoff(first_s: int, factor: int, cap_s: int, count: int) -> list[int]:
-    """``count`` waiting times in seconds, each ``factor`` times the one before, none above ``cap_s``."""
-    return [min(cap_s, first_s * factor**i) for i in range(count)]
 
 
 class BagQueue(QueueOverview):
@@ -89,6 +76,7 @@ class BagQueue(QueueOverview):
     def __init__(self, settings: Settings, redis: Redis) -> None:
         self.settings = settings
         self.redis: Any = redis
+        self.forms = JobForms(settings, redis)
         self._queues = {name: Queue(name, connection=redis, serializer=JSONSerializer) for name in QUEUES}
         self._token = uuid.uuid4().hex
         register = self.redis.register_script
@@ -126,7 +114,7 @@ class BagQueue(QueueOverview):
         for chunk in _chunks(requests):
             with self.redis.pipeline(transaction=False) as pipeline:
                 for request, waiting in chunk:
-                    self._submit_one(pipeline, self._analysis(request, priority), waiting, force)
+                    self._submit_one(pipeline, self.forms.analysis(request, priority), waiting, force)
                 pipeline.execute()
         return self.states([request.key for request, _ in requests])
 
@@ -152,11 +140,11 @@ class BagQueue(QueueOverview):
                 if not takes(function, args):
                     raise foreign
                 if function == TRAIN:
-                    again = self.training_job(int(args[0]))
+                    again = self.forms.training(int(args[0]))
                 elif function == ANALYSE:
-                    again = self._analysis(BagRequest.from_json(args[0]), "interactive")
+                    again = self.forms.analysis(BagRequest.from_json(args[0]), "interactive")
                 else:
-                    again = self._publishing(function, args, key)
+                    again = self.forms.publishing(function, args, key)
             except _FOREIGN_ERRORS as error:
                 raise foreign from error
             self._submit_one(self.redis, again, None, True)
@@ -261,18 +249,14 @@ class BagQueue(QueueOverview):
     @answers_or_unavailable
     def enqueue_publish(self, key: str, *, delay_s: int = 0) -> None:
         """Have the tasks that wait for a bag pushed (or dropped with a log line, if the bag has failed), in ``delay_s`` seconds."""
-        job = self._publishing(PUBLISH_BAG, (key,), f"publish-{key}")
-        if self._submit_one(self.redis, job, None, True, delay_s) == b"started":
+        if self._submit_one(self.redis, self.forms.bag_push(key), None, True, delay_s) == b"started":
             # That run may have looked at the waiting tasks already: one more afterwards.
-            again = self._publishing(PUBLISH_BAG, (key,), f"publish-{key}-again")
-            self._submit_one(self.redis, again, None, True, delay_s)
+            self._submit_one(self.redis, self.forms.bag_push(key, again=True), None, True, delay_s)
 
     @answers_or_unavailable
     def look_again(self, key: str, task: WaitingTask, *, delay_s: int) -> None:
         """Push a task's prediction once more in ``delay_s`` seconds, which changes nothing where it is there once."""
-        job = self._publishing(PUBLISH_TASK, (key, task.to_json()), f"{publish_id(key, task)}-again")
-        job.description = f"look again at task {task.task} of project {task.project}"
-        self._submit_one(self.redis, job, None, True, delay_s)
+        self._submit_one(self.redis, self.forms.look_again(key, task), None, True, delay_s)
 
     @answers_or_unavailable
     def publish_waiting(self, key: str) -> list[WaitingTask]:
@@ -286,7 +270,7 @@ class BagQueue(QueueOverview):
             if 0 < held_ms <= 1000 * CLAIM_MAX_S:
                 held.append(held_ms)
                 continue
-            job = self._publishing(PUBLISH_TASK, (key, task.to_json()), publish_id(key, task))
+            job = self.forms.task_push(key, task)
             args = [key, task.id, task.to_text(), job.id, job.origin, *job_fields(job)]
             if self._move(keys=[scripts.waiting_key(key)], args=args):
                 moved.append(task)
@@ -315,69 +299,6 @@ class BagQueue(QueueOverview):
         return swept
 
     # --- inside -----------------------------------------------------------------------------------------------------
-
-    def _analysis(self, request: BagRequest, queue: str) -> Job:
-        settings = self.settings
-        # The first retry comes at once: it is the answer to a killed worker. Later ones give a remote store time to come back.
-        return self.make_job(
-            queue,
-            ANALYSE,
-            (request.to_json(),),
-            request.key,
-            timeout=settings.job_timeout_s,
-            intervals=backoff(1, 8, 60, settings.job_retries),
-            about=f"analyse {_slide_name(request.slide)}",
-        )
-
-    def _publishing(self, function: str, args: tuple[Any, ...], job_id: str) -> Job:
-        count = self.settings.publish_retries
-        intervals = backoff(2, 2, PUBLISH_BACKOFF_CAP_S, count)
-        about = f"push what waits for {job_id.removeprefix('publish-')}"
-        if function == PUBLISH_TASK:
-            about = f"push task {args[1]['task']} of project {args[1]['project']}"
-        return self.make_job(
-            "publish", function, args, job_id, timeout=PUBLISH_TIMEOUT_S, intervals=intervals, about=about
-        )
-
-    def training_job(self, project: int) -> Job:
-        """The job that trains a project, not yet in Redis."""
-        # A Label Studio that is away is waited for as long as with a push.
-        intervals = backoff(5, 2, PUBLISH_BACKOFF_CAP_S, self.settings.publish_retries)
-        timeout = self.settings.job_timeout_s
-        return self.make_job(
-            "train",
-            TRAIN,
-            (project,),
-            training_id(project),
-            timeout=timeout,
-            intervals=intervals,
-            about=f"train project {project}",
-        )
-
-    def make_job(
-        self,
-        queue: str,
-        function: str,
-        args: tuple[Any, ...],
-        job_id: str,
-        *,
-        timeout: int,
-        intervals: list[int],
-        about: str,
-    ) -> Job:
-        """A job as our workers take them, not yet in Redis. Seconds: ``timeout``, and ``intervals`` before each retry."""
-        job = self._queues[queue].create_job(
-            function,
-            args=args,
-            job_id=job_id,
-            timeout=timeout,
-            result_ttl=self.settings.result_ttl_s,
-            failure_ttl=self.settings.failure_ttl_s,
-            retry=Retry(len(intervals), intervals) if intervals else None,
-            description=about,
-        )
-        job.enqueued_at = now()
-        return job
 
     def _submit_one(self, client: Any, job: Job, waiting: WaitingTask | None, force: bool, delay_s: int = 0) -> Any:
         field, value = (waiting.id, waiting.to_text()) if waiting is not None else ("", "")
@@ -417,33 +338,6 @@ class BagQueue(QueueOverview):
             Queue.redis_queue_namespace_prefix + raw.get(b"origin", b"").decode(errors="replace"), key
         )
         return None if place is None else int(place) + 1
-
-
-def _slide_name(slide: dict[str, Any]) -> str:
-    """The file name in a slide reference, without folders or a query; the queue knows no more of it."""
-    locations = slide.get("locations") or ["a slide"]
-    name = str(locations[0]).split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1][:120]
-    return name if len(locations) == 1 else f"{len(locations)} patches from {name}"
-
-
-def publish_id(key: str, task: WaitingTask) -> str:
-    """Id of the job that pushes one task's prediction: the same push has the same id, so it is queued once.
-
-    RQ allows letters, digits, ``_`` and ``-`` only, so the digest keeps apart what that folds together, and also other configs.
-    """
-    version = re.sub(r"[^A-Za-z0-9_-]", "-", task.model_version)[:60]
-    exact = hashlib.sha256(task.to_text().encode()).hexdigest()[:8]
-    return f"publish-{task.project}-{task.task}-{version}-{key[:12]}-{exact}"
-
-
-def training_id(project: int) -> str:
-    """Id of the job that trains a project."""
-    return f"{TRAINING_PREFIX}{project}"
-
-
-def job_fields(job: Job) -> list[Any]:
-    """Names and values of a job's Redis hash, one after the other."""
-    return [item for name, value in job.to_dict().items() if value is not None for item in (name, value)]
 
 
 def _chunks(items: Sequence[T]) -> Iterable[Sequence[T]]:

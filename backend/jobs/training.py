@@ -13,7 +13,8 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from backend.jobs import scripts
-from backend.jobs.queue import BagQueue, job_fields, training_id
+from backend.jobs.job_forms import job_fields, training_id
+from backend.jobs.queue import BagQueue
 from backend.jobs.queue_overview import answers_or_unavailable
 from backend.jobs.states import JobState
 
@@ -109,7 +110,7 @@ class TrainingQueue:
         return before is not None and bool(before != now)
 
     def _ask(self, project: int, count: int, delay_s: float) -> str:
-        job, settings = self._queue.training_job(project), self.settings
+        job, settings = self._queue.forms.training(project), self.settings
         arguments: list[Any] = [job.id, "train", project, count, settings.train_debounce_n, delay_s, LONGEST_DELAY]
         answer: bytes = self._request(keys=[scripts.training_key(project)], args=[*arguments, *job_fields(job)])
         return answer.decode()

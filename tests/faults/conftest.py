@@ -95,7 +95,7 @@ def standing(
     tweaks = {
         # How long an answer of Label Studio is waited for, and the longest pause between two tries of a push.
         "backend.label_studio.client._TIMEOUT_S": 2.0,
-        "backend.jobs.queue.PUBLISH_BACKOFF_CAP_S": 2,
+        "backend.jobs.job_forms.PUBLISH_BACKOFF_CAP_S": 2,
         "backend.jobs.tasks.LOOK_AGAIN_S": STORES_LATE_S,
     }
     rig = Rig(folder, small_slide, checkpoint, redis_url=proxy.url, results_url=str(results), tweaks=tweaks)

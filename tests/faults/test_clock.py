@@ -54,7 +54,7 @@ def parts(tmp_path: Path, small_slide: Path, checkpoint: Path) -> Iterator[tuple
         checkpoint,
         redis_url=redis.url,
         environment=clock.environment,
-        tweaks={"backend.jobs.queue.PUBLISH_BACKOFF_CAP_S": 2},
+        tweaks={"backend.jobs.job_forms.PUBLISH_BACKOFF_CAP_S": 2},
         job_retries=5,
     )
     yield rig, clock, redis

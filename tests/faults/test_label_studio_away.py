@@ -156,7 +156,7 @@ def test_an_access_token_that_label_studio_has_forgotten_is_exchanged(
     rig = make_rig(
         redis_url=own_redis.url,
         label_studio_api_key=StudioStub.personal_access_token(),
-        tweaks={"backend.jobs.queue.PUBLISH_BACKOFF_CAP_S": 2},
+        tweaks={"backend.jobs.job_forms.PUBLISH_BACKOFF_CAP_S": 2},
     )
     rig.serve()
     rig.pool()

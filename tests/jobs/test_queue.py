@@ -19,7 +19,8 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry
 
 from backend.errors import JobNotFound, MppUnknown, QueueUnavailable
 from backend.jobs import scripts
-from backend.jobs.queue import QUEUES, BagQueue, BagRequest, WaitingTask, publish_id
+from backend.jobs.job_forms import publish_id
+from backend.jobs.queue import QUEUES, BagQueue, BagRequest, WaitingTask
 from backend.jobs.redis_server import EmbeddedRedis, connect
 from backend.settings import Settings
 
