@@ -22,6 +22,7 @@ TITLES = {
     "faults": "Faults",
     "sources": "Locations of slides",
     "mutants": "Damaged images",
+    "results": "Files in the store of results",
     "pickles": "Checkpoints that try to run code",
     "http": "HTTP",
     "jobs": "Jobs put into Redis by somebody else",

@@ -100,7 +100,12 @@ def _publish(settings: Settings, redis: Any, key: str, waiting: WaitingTask) -> 
 def _open_store(settings: Settings) -> Store:
     from backend.results.store import ResultStore
 
-    return ResultStore(settings.results_location)
+    store = ResultStore(settings.results_location)
+    try:
+        store.tidy()
+    except OSError as error:
+        log.warning("the store of results could not be tidied: %s", error)
+    return store
 
 
 def _load_engine(settings: Settings, device: str) -> Any:

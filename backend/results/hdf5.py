@@ -12,16 +12,17 @@ dataset               dtype    shape     meaning
 ``patch_sizes``       int64    (N, 2)    width, height of each patch; only in a bag of patches
 ====================  =======  ========  ==================================================
 
-The root attribute ``bag`` holds the bag's scalars and ``provenance`` how the result came about, both as JSON, with their SHA-256 in
-``attributes_sha256``; the datasets carry HDF5's own Fletcher-32 checksums. A flipped byte is therefore an error when it is read.
+The root attribute ``bag`` holds the bag's scalars and ``provenance`` how the result came about, both as JSON. The datasets carry HDF5's own Fletcher-32
+checksums, and the file ends with a seal (:mod:`backend.results.seal`) over everything but the features' numbers. A flipped byte is therefore an error when it is read.
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
+import contextlib
+import io
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,21 +32,25 @@ import numpy.typing as npt
 
 from backend.errors import ResultDamaged, StoreUnavailable
 from backend.results.bag import Bag, BagResult, Float32Array
+from backend.results.seal import Range, make_seal, read_seal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _BAG_SCALARS = ("kind", "grid_size", "tile_size_level0", "slide_size", "tile_px", "tile_mpp", "mpp", "mpp_source")
 
 
 def write_hdf5(result: BagResult, file: Path | BinaryIO) -> None:
-    """Write ``result`` into ``file`` (a path that is overwritten, or a writable and seekable binary file)."""
+    """Write ``result`` into ``file`` (a path that is overwritten, or an empty, readable, writable and seekable binary file)."""
+    if isinstance(file, Path):
+        # Made in memory: the HDF5 library ends the process when a disk fills up under it.
+        made = io.BytesIO()
+        write_hdf5(result, made)
+        file.write_bytes(made.getbuffer())
+        return
     bag = result.bag
-    bag_json = json.dumps({name: getattr(bag, name) for name in _BAG_SCALARS}, sort_keys=True)
-    provenance_json = json.dumps(dict(result.provenance), sort_keys=True)
     with h5py.File(file, "w") as h5:
         h5.attrs["format_version"] = FORMAT_VERSION
-        h5.attrs["bag"] = bag_json
-        h5.attrs["provenance"] = provenance_json
-        h5.attrs["attributes_sha256"] = _attributes_sha256(bag_json, provenance_json)
+        h5.attrs["bag"] = json.dumps({name: getattr(bag, name) for name in _BAG_SCALARS}, sort_keys=True)
+        h5.attrs["provenance"] = json.dumps(dict(result.provenance), sort_keys=True)
         arrays: dict[str, npt.NDArray[Any]] = {
             "features": result.latents,
             "coords": bag.coords,
@@ -62,6 +67,16 @@ def write_hdf5(result: BagResult, file: Path | BinaryIO) -> None:
             h5.create_dataset(name, data=array, chunks=chunks, fletcher32=True)
         h5["coords"].attrs["patch_size"] = bag.tile_px
         h5["coords"].attrs["patch_size_level0"] = bag.tile_size_level0
+        features = _chunks(h5["features"])
+    seal = make_seal(file, result.slide_embedding, features)
+    file.seek(0, os.SEEK_END)
+    file.write(seal)
+
+
+def _chunks(dataset: h5py.Dataset) -> list[Range]:
+    """Where the numbers of a dataset lie in its file."""
+    found = [dataset.id.get_chunk_info(i) for i in range(dataset.id.get_num_chunks())]
+    return [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in found]
 
 
 def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
@@ -72,70 +87,112 @@ def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
     file
         A path or a readable, seekable binary file.
     latents
-        Whether the latents are read. If not, ``result.latents`` has shape (N, 0): all that pictures and regions need is small.
+        Whether the latents are read. If not, ``result.latents`` has shape (N, 0): all that pictures and regions need is small,
+        and neither read nor checked is what is large.
 
     Raises
     ------
     ResultDamaged
         The file is not what :func:`write_hdf5` wrote.
     StoreUnavailable
-        It cannot be opened, for a reason that is not the file's: too many open files, no permission.
+        It cannot be read, for a reason that is the system's: too many open files, no permission, a disk or network that fails.
     FileNotFoundError
         There is no such file.
     """
     try:
+        with _opened(file) as plain:
+            read_seal(plain).check(plain)
         with h5py.File(file, "r") as h5:
             version = int(h5.attrs["format_version"])
             if version != FORMAT_VERSION:
                 raise ValueError(f"format version {version}, this release reads {FORMAT_VERSION}")
-            bag_json, provenance_json = str(h5.attrs["bag"]), str(h5.attrs["provenance"])
-            if h5.attrs["attributes_sha256"] != _attributes_sha256(bag_json, provenance_json):
-                raise ValueError("the attributes do not match their checksum")
-            scalars: dict[str, Any] = json.loads(bag_json)
+            scalars: dict[str, Any] = json.loads(str(h5.attrs["bag"]))
+            provenance = json.loads(str(h5.attrs["provenance"]))
             for name in ("grid_size", "slide_size"):
                 scalars[name] = tuple(scalars[name])
+            size = _size_of(file)
             bag = Bag(
-                coords=h5["coords"][:],
-                grid=h5["grid"][:],
-                patch_sizes=h5["patch_sizes"][:] if "patch_sizes" in h5 else None,
+                coords=_array(h5, "coords", size),
+                grid=_array(h5, "grid", size),
+                patch_sizes=_array(h5, "patch_sizes", size) if "patch_sizes" in h5 else None,
                 **scalars,
             )
-            features = h5["features"][:] if latents else np.empty((len(bag), 0), np.float16)
-            return BagResult(
-                bag, features, h5["attention_logits"][:], h5["slide_embedding"][:], json.loads(provenance_json)
-            )
+            features = _array(h5, "features", size) if latents else np.empty((len(bag), 0), np.float16)
+            logits, embedding = _array(h5, "attention_logits", size), _array(h5, "slide_embedding", size)
+            return BagResult(bag, features, logits, embedding, provenance)
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise _damaged_or_unavailable(error) from error
 
 
-# What says nothing about the file: HDF5 hands on the system's number for these, and has none for contents that are wrong.
-_NOT_THE_FILE = frozenset(
-    {errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
-)
+# Kind of number and dimensions of each dataset.
+_DATASETS = {
+    "features": ("f", 2),
+    "coords": ("i", 2),
+    "grid": ("i", 2),
+    "attention_logits": ("f", 2),
+    "slide_embedding": ("f", 1),
+    "patch_sizes": ("i", 2),
+}
+
+
+def _array(h5: h5py.File, name: str, file_bytes: int) -> npt.NDArray[Any]:
+    """A dataset, read whole, if its numbers lie in this file as :func:`write_hdf5` writes them.
+
+    HDF5 lets a dataset lie in any other file of the machine, unpack to terabytes or be made up on reading; a result that somebody else put into the
+    store must do none of it.
+    """
+    kind, dimensions = _DATASETS[name]
+    if not isinstance(h5.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f"{name} is not in the file itself")
+    dataset = h5[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind != kind or dataset.ndim != dimensions:
+        raise ValueError(f"{name} is not what it should be")
+    made = dataset.id.get_create_plist()
+    filters = {made.get_filter(i)[0] for i in range(made.get_nfilters())}
+    if dataset.external is not None or dataset.is_virtual or not filters <= {h5py.h5z.FILTER_FLETCHER32}:
+        raise ValueError(f"{name} is kept in a way that no result is")
+    if not dataset.nbytes <= dataset.id.get_storage_size() <= file_bytes:
+        raise ValueError(f"{name} is {dataset.nbytes} bytes long, which the file does not hold")
+    array: npt.NDArray[Any] = dataset[:]
+    return array
+
+
+def _size_of(file: Path | BinaryIO) -> int:
+    with _opened(file) as plain:
+        return plain.seek(0, os.SEEK_END)
+
+
+@contextlib.contextmanager
+def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
+    if isinstance(file, Path):
+        with file.open("rb") as opened:
+            yield opened
+    else:
+        yield file
+
+
+# Whatever h5py, NumPy and JSON find wrong with a file, sizes that fit into no memory included.
+_UNREADABLE = (OSError, KeyError, ValueError, TypeError, RuntimeError, MemoryError, OverflowError)
 
 
 def _damaged_or_unavailable(error: Exception) -> ResultDamaged | StoreUnavailable:
-    if isinstance(error, OSError) and error.errno in _NOT_THE_FILE:
+    # The system has a number for everything that goes wrong with it. Contents that are wrong have none.
+    if isinstance(error, OSError) and error.errno:
         return StoreUnavailable(
-            f"A stored result cannot be opened now: {os.strerror(error.errno)}.",
-            hint="Check the permissions of RESULTS_URL and the limit of open files (`ulimit -n`).",
+            f"A stored result cannot be read now: {os.strerror(error.errno)}.",
+            hint="Check the disk and the permissions of RESULTS_URL, and the limit of open files (`ulimit -n`).",
         )
     return ResultDamaged(f"The stored result cannot be read: {error}")
 
 
 def read_slide_embedding(file: Path | BinaryIO) -> Float32Array:
-    """Only the slide embedding of a result, float32 (D,); errors as :func:`read_hdf5`."""
+    """Only the slide embedding of a result, float32 (D,), out of the seal: HDF5 is not asked. Errors as :func:`read_hdf5`."""
     try:
-        with h5py.File(file, "r") as h5:
-            embedding: Float32Array = h5["slide_embedding"][:]
-            return embedding
+        with _opened(file) as plain:
+            return read_seal(plain).embedding
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise _damaged_or_unavailable(error) from error
-
-
-def _attributes_sha256(*texts: str) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

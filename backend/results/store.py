@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import re
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 _KEY = re.compile(r"[0-9a-f]{40}")
 DAMAGED_MAX = 3
 """So often a result is computed again because its file was damaged. Then its disk is."""
+_STALE_S = 86_400.0
 # Stores of objects: what is written appears whole or not at all, and renaming is copying.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"})
 
@@ -57,7 +59,13 @@ class ResultStore:
         """Whether a file is stored under ``key`` (it is not opened)."""
         path = self._path(key)
         with self._answers():
-            return bool(self._fs.exists(path))
+            if not self._local:
+                return bool(self._fs.exists(path))
+            try:
+                Path(path).stat()  # fsspec takes every error for an absence
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
 
     def get(self, key: str, *, latents: bool = True) -> BagResult | None:
         """The result stored under ``key``; ``None`` if there is none, or a damaged one (which is set aside).
@@ -71,16 +79,22 @@ class ResultStore:
         """
         path = self._path(key)
         try:
-            if self._local:
-                return read_hdf5(Path(path), latents=latents)
-            with self._answers():
-                content = self._fs.cat_file(path)
-            return read_hdf5(io.BytesIO(content), latents=latents)
+            try:
+                return self._read(path, latents)
+            except ResultDamaged:
+                return self._read(path, latents)  # somebody may just have put a whole one in its place
         except FileNotFoundError:
             return None
         except ResultDamaged as error:
             self._set_aside(key, path, error)
             return None
+
+    def _read(self, path: str, latents: bool) -> BagResult:
+        if self._local:
+            return read_hdf5(Path(path), latents=latents)
+        with self._answers():
+            content = self._fs.cat_file(path)
+        return read_hdf5(io.BytesIO(content), latents=latents)
 
     def _set_aside(self, key: str, path: str, error: ResultDamaged) -> None:
         aside = f"{path}.damaged-{uuid.uuid4().hex[:8]}"
@@ -176,11 +190,29 @@ class ResultStore:
             if _KEY.fullmatch(name):
                 yield name
 
+    def tidy(self) -> int:
+        """Delete what writers that were killed have left half written a day ago or earlier; how many files."""
+        if not self._local:
+            return 0
+        found = list(Path(self._root).glob("??/.*.tmp"))
+        old = [path for path in found if time.time() - _changed(path) > _STALE_S]
+        for path in old:
+            path.unlink(missing_ok=True)
+        return len(old)
+
     def _path(self, key: str) -> str:
         if not _KEY.fullmatch(key):
             # Keys reach us in URLs and in jobs: one that is no digest must never become a path.
             raise ResultNotFound(f"{key[:80]!r} is not a bag key.", hint="A bag key is 40 hexadecimal digits.")
         return f"{self._root}/{key[:2]}/{key}.h5"
+
+
+def _changed(path: Path) -> float:
+    """When a file was changed last (s since 1970); now, if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return time.time()
 
 
 def _said(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import threading
@@ -134,6 +135,55 @@ def test_what_another_process_has_stored_or_removed_is_seen(place: str) -> None:
         theirs.put(key, make_result())
         assert ours.has(key)
         assert len(list(ours.keys())) == stored, "no listing is remembered"
+
+
+def test_a_folder_that_cannot_be_looked_at_is_not_an_absent_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ResultStore(str(tmp_path))
+    store.put(KEY, make_result())
+
+    def fails(_path: Path, **_: object) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", fails)
+        with pytest.raises(StoreUnavailable, match="Input/output error"):
+            store.has(KEY)
+    assert store.has(KEY)
+
+
+def test_a_whole_result_that_takes_a_damaged_ones_place_is_not_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = ResultStore(str(tmp_path))
+    store.put(KEY, make_result())
+    path = next(tmp_path.glob("*/*.h5"))
+    path.write_bytes(b"damaged")
+    read = store._read
+
+    def read_and_replace(where: str, latents: bool) -> BagResult:
+        try:
+            return read(where, latents)
+        except ResultDamaged:
+            store.put(KEY, make_result())  # as a worker on another machine does
+            raise
+
+    monkeypatch.setattr(store, "_read", read_and_replace)
+    assert store.get(KEY) is not None
+    assert not list(tmp_path.glob("*/*.damaged-*"))
+
+
+def test_what_killed_writers_left_is_deleted_after_a_day(tmp_path: Path) -> None:
+    store = ResultStore(str(tmp_path))
+    store.put(KEY, make_result())
+    folder = tmp_path / KEY[:2]
+    old, new = folder / f".{KEY}.h5.one.tmp", folder / f".{KEY}.h5.two.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    assert store.tidy() == 1
+    assert sorted(path.name for path in folder.iterdir()) == sorted([new.name, f"{KEY}.h5"])
 
 
 @pytest.mark.parametrize("place", ["local", "s3"], indirect=True)
