@@ -17,8 +17,10 @@ from backend.slides.places import shown
 
 # The entries of Hamamatsu's .vms and .vmu, and of MIRAX' Slidedat.ini, that name files; always without a folder.
 _NAMES_FILE = re.compile(
-    rb"^\s*((?:FILE_|INDEXFILE|ImageFile|MapFile|OptimisationFile|MacroImage)[^=]*)=([^\r\n]*)", re.MULTILINE
+    rb"^\s*((?:FILE_|INDEXFILE|ImageFile|MapFile|OptimisationFile|MacroImage)[^=]*)=([^\n]*)", re.MULTILINE
 )
+# GLib, which reads these for OpenSlide, passes over more kinds of white space than we would, and knows escapes.
+_NOT_IN_A_NAME = re.compile(rb"[\x00-\x1f\x7f/\\]")
 _INDEX_MAX_BYTES = 2**24
 _HAMAMATSU_MAX_BYTES = 2**17  # OpenSlide takes half of that
 
@@ -62,8 +64,8 @@ def check_companions(path: Path, settings: Settings) -> None:
             )
     if index is not None and index.is_file():
         for match in _NAMES_FILE.finditer(_start_of(index)):
-            name = match[2].strip()
-            if b"/" in name or name in (b"..", b"."):
+            name = match[2].strip(b" \t").removesuffix(b"\r").strip(b" \t")
+            if _NOT_IN_A_NAME.search(name) or name in (b"..", b"."):
                 raise SourceRefused(
                     f"The index {shown(index.name)} names a file in another folder: {shown(name.decode(errors='replace'))}.",
                     hint="A slide's files lie in one folder. This index was not written by a scanner.",

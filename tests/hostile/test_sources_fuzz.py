@@ -449,6 +449,34 @@ def test_an_index_that_names_files_outside_the_roots_is_refused_under_any_name(w
         path.unlink()
 
 
+def test_no_white_space_hides_a_name_from_us_that_openslide_reads(world: World, stolen: Path) -> None:
+    """GLib reads the index for OpenSlide, and has its own idea of what a line and a space are."""
+    folder = world.root / "spaces"
+    folder.mkdir()
+    path, outside = folder / "index.vms", "../../outside/stolen.jpg"
+    odd = [" ", "\t", "\r", "\v", "\f", "\0", "\x1c", "\x85", "\xa0", "\\s", "\\t", "\\r", "\u2028", "\ufeff"]
+    opened = 0
+    for before_key, before, after in [(a, b, c) for a in ["", *odd] for b in ["", *odd] for c in ["", "\r", " \r "]]:
+        text = VMS.replace("MapFile", before_key + "MapFile").format(
+            map=before + outside + after, image=before + outside + after
+        )
+        path.write_bytes(text.encode())
+        try:
+            with openslide.OpenSlide(str(path)) as slide:
+                assert slide.dimensions == (512, 512)
+        except openslide.OpenSlideError:
+            continue
+        opened += 1
+        resolver = world.resolver()
+        with pytest.raises(SourceRefused, match="names a file in another folder"):
+            resolver.fetch(resolver.resolve("spaces/index.vms"))
+    assert opened > 10, "there is something to hide"
+    path.write_bytes(
+        VMS.format(map="image.jpg", image="image.jpg").replace("\n", "\r\n").encode()
+    )  # Windows' own lines
+    assert world.resolver().fetch(world.resolver().resolve("spaces/index.vms")) == (path,)
+
+
 def test_an_index_whose_files_lie_beside_it_is_opened(world: World) -> None:
     folder = world.root / "hamamatsu"
     folder.mkdir()
