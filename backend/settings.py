@@ -93,7 +93,9 @@ class Settings(BaseSettings):
     )
     download_max_bytes: int = Field(20_000_000_000, ge=1, description="Largest file that is downloaded, in bytes.")
     download_timeout_s: float = Field(
-        60.0, gt=0, description="Seconds without a byte after which a download counts as failed."
+        60.0,
+        gt=0,
+        description="Seconds without a byte, or with less than 50 kB a second, after which a download counts as failed.",
     )
     download_cache_max_bytes: int = Field(
         50_000_000_000, ge=0, description="Size to which the cache of downloaded slides is trimmed, in bytes."

@@ -9,8 +9,9 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from ssl import SSLContext
 from typing import Any, BinaryIO, ClassVar
@@ -22,12 +23,15 @@ import httpx
 from backend.errors import BackendError, DownloadFailed, SettingsError, SlideNotFound, SourceError, SourceRefused
 from backend.results.bag import digest
 from backend.settings import Settings
+from backend.slides.pace import Watch
 from backend.slides.peers import guard
 from backend.slides.places import Place, check_redirect, origin, shown
+from backend.slides.underway import Download, once
 
 log = logging.getLogger(__name__)
 
 Headers = Callable[[], Mapping[str, str]]
+Trace = Callable[[str, Mapping[str, Any]], None]
 
 _ASK_TIMEOUT_S = 5.0
 _MAX_REDIRECTS = 5
@@ -42,7 +46,8 @@ _STALE_PART_S = 86_400.0
 def http_identity(place: Place, settings: Settings, headers: Headers) -> str:
     """What tells this content from another under the same URL: ETag, Last-Modified and length, by HEAD, or GET where HEAD is refused."""
     for method in ("HEAD", "GET"):
-        with _request(method, place, settings, headers, timeout=httpx.Timeout(_ASK_TIMEOUT_S)) as response:
+        watch = Watch(shown(place.location), silence_s=_ASK_TIMEOUT_S, longest_s=_ASK_TIMEOUT_S)
+        with watch, _request(method, place, settings, headers, watch) as response:
             if method == "HEAD" and response.status_code in (400, 403, 405, 501):
                 continue  # signed URLs are signed for one method
             _check_status(response, place)
@@ -69,8 +74,8 @@ def fsspec_identity(place: Place) -> str:
 class DownloadCache:
     """Downloaded slides in ``MODEL_DIR/cache/slides``, least recently used ones deleted first.
 
-    A file appears under its name only when it is complete. What the threads of this process fetched last is never deleted, nor is
-    anything that any process fetched within the last five minutes.
+    A file appears under its name only when it is complete, and within a process it is fetched once, however many ask for it. What the
+    threads of this process fetched last is never deleted, nor is anything that any process fetched within the last five minutes.
     """
 
     _held: ClassVar[dict[int, frozenset[Path]]] = {}
@@ -82,31 +87,44 @@ class DownloadCache:
         self._headers = headers
 
     def get(self, place: Place, identity: str) -> Path:
-        """The local copy of a remote slide, downloaded if it is not there."""
+        """The local copy of a remote slide, downloaded if it is not there.
+
+        Raises
+        ------
+        DownloadFailed
+            Its server is away or silent for ``DOWNLOAD_TIMEOUT_S``, or the download is hopeless as
+            :class:`~backend.slides.pace.Watch` says it: too slow, or not complete after ``JOB_TIMEOUT_S``. A store (fsspec) is
+            judged each time that it has given a piece. Or there is no room here.
+        SlideNotFound, SourceRefused, SourceError
+            Its server says so, or it is over ``DOWNLOAD_MAX_BYTES``.
+        DownloadUnderWay
+            Within :func:`~backend.slides.underway.without_waiting`.
+        """
         # The name is a digest: nothing of a URL becomes part of a path but a short ending, by which some readers know the format.
         ending = re.search(r"\.[A-Za-z0-9]{1,8}$", urlsplit(place.location).path)
         name = digest({"location": place.location, "identity": identity}) + (ending.group().lower() if ending else "")
         target = self.folder / name
+        host = urlsplit(place.location).netloc
+        once(target, shown(place.location), host, lambda download: self._download(place, target, download))
+        return target
+
+    def _download(self, place: Place, target: Path, download: Download) -> None:
+        part = self.folder / f".{target.name}.{uuid.uuid4().hex}.part"
+        timeouts = {"silence_s": self._settings.download_timeout_s, "longest_s": self._settings.job_timeout_s}
         try:
-            os.utime(target)  # the time of last use
-            return target
-        except FileNotFoundError:
-            pass
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f".{name}.{uuid.uuid4().hex}.part"
-        try:
-            with part.open("xb") as file:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with part.open("xb") as file, Watch(shown(place.location), **timeouts) as watch:
+                transfer = _Transfer(place, file, self._settings.download_max_bytes, watch, download)
                 if place.kind == "fsspec":
-                    self._from_store(place, file)
+                    _from_store(transfer)
                 else:
-                    self._from_http(place, file)
+                    _from_http(transfer, self._settings, self._headers)
             part.replace(target)
         except OSError as error:
             reason = f"{shown(place.location)} could not be kept in {self.folder}: {error.strerror or error}."
             raise DownloadFailed(reason, hint="Make room there, or set MODEL_DIR to another disk.") from error
         finally:
             part.unlink(missing_ok=True)
-        return target
 
     def hold(self, paths: tuple[Path, ...]) -> None:
         """Keep ``paths`` until this thread fetches its next slide, and trim the cache of others."""
@@ -143,37 +161,56 @@ class DownloadCache:
             total -= size
             log.info("deleted %s from the cache of downloaded slides", path.name)
 
-    def _from_http(self, place: Place, file: BinaryIO) -> None:
-        timeout = httpx.Timeout(self._settings.download_timeout_s)
-        with _request("GET", place, self._settings, self._headers, timeout=timeout) as response:
-            _check_status(response, place)
-            length = response.headers.get("Content-Length", "")
-            self._check_size(int(length) if length.isdigit() else 0, place)
-            with _http_errors(place):
-                self._copy(response.iter_bytes(_PIECE_BYTES), file, place)
 
-    def _from_store(self, place: Place, file: BinaryIO) -> None:
-        def copy(fs: Any, path: str) -> None:
-            self._check_size(int(fs.info(path).get("size") or 0), place)
-            with fs.open(path, "rb") as remote:
-                self._copy(iter(lambda: remote.read(_PIECE_BYTES), b""), file, place)
+@dataclass
+class _Transfer:
+    """What comes from ``place`` and goes into ``file``: within its size, at its pace, and seen by who waits for it."""
 
-        _fsspec(place, copy)
+    place: Place
+    file: BinaryIO
+    max_bytes: int
+    watch: Watch
+    download: Download
 
-    def _copy(self, pieces: Iterator[bytes], file: BinaryIO, place: Place) -> None:
-        total = 0
+    def expect(self, size: int) -> None:
+        """The body begins; ``size``: its bytes as its sender says, 0 if it does not."""
+        self._check_size(size)
+        self.download.total = size
+        self.watch.expect_body()
+
+    def copy(self, pieces: Iterator[bytes]) -> None:
         for piece in pieces:
-            total += len(piece)
-            self._check_size(total, place)
-            file.write(piece)
+            self._check_size(self.download.done + len(piece))
+            self.file.write(piece)
+            self.download.done += len(piece)
+            self.watch.came(len(piece))
+        self.watch.check()  # a body of no stated length ends where its connection does, which may have been cut
 
-    def _check_size(self, size: int, place: Place) -> None:
-        limit = self._settings.download_max_bytes
-        if size > limit:
+    def _check_size(self, size: int) -> None:
+        if size > self.max_bytes:
             raise SourceRefused(
-                f"{shown(place.location)} is larger than {limit} bytes.",
+                f"{shown(self.place.location)} is larger than {self.max_bytes} bytes.",
                 hint="Raise DOWNLOAD_MAX_BYTES if it shall be downloaded.",
             )
+
+
+def _from_http(transfer: _Transfer, settings: Settings, headers: Headers) -> None:
+    place, watch = transfer.place, transfer.watch
+    with _request("GET", place, settings, headers, watch) as response:
+        _check_status(response, place)
+        length = response.headers.get("Content-Length", "")
+        transfer.expect(int(length) if length.isdigit() else 0)
+        with _http_errors(place, watch):
+            transfer.copy(response.iter_bytes())  # as they come: a whole piece of a slow one would be waited for
+
+
+def _from_store(transfer: _Transfer) -> None:
+    def copy(fs: Any, path: str) -> None:
+        transfer.expect(int(fs.info(path).get("size") or 0))
+        with fs.open(path, "rb") as remote:
+            transfer.copy(iter(lambda: remote.read(_PIECE_BYTES), b""))
+
+    _fsspec(transfer.place, copy)
 
 
 # --- http ---------------------------------------------------------------------------------------------------------
@@ -185,32 +222,36 @@ def _ssl_context() -> SSLContext:
 
 
 @contextlib.contextmanager
-def _http_errors(place: Place) -> Iterator[None]:
+def _http_errors(place: Place, watch: Watch) -> Iterator[None]:
     try:
         yield
     except httpx.TimeoutException as error:
+        watch.check()
         raise DownloadFailed(f"{shown(place.location)} did not answer in time ({type(error).__name__}).") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
+        watch.check()  # a connection that was cut from here looks as if the server had hung up
         raise DownloadFailed(
             f"{shown(place.location)} could not be fetched: {error or type(error).__name__}."
         ) from error
 
 
 @contextlib.contextmanager
-def _request(
-    method: str, place: Place, settings: Settings, headers: Headers, *, timeout: httpx.Timeout
-) -> Iterator[httpx.Response]:
+def _request(method: str, place: Place, settings: Settings, headers: Headers, watch: Watch) -> Iterator[httpx.Response]:
     """The answer to a request, its body not read yet, after at most five redirects of which each has passed the rules."""
-    with httpx.Client(verify=_ssl_context(), timeout=timeout, follow_redirects=False) as client:
+    with httpx.Client(verify=_ssl_context(), timeout=watch.silence_s, follow_redirects=False) as client:
         at = place
         for _ in range(_MAX_REDIRECTS + 1):
             # The token goes to Label Studio's own files and nowhere else, whoever redirects where.
             private = dict(headers()) if at.kind == "label_studio" else {}
             # Label Studio is where the operator says it is, on this machine too; the others are where their names lead.
-            watched = {} if at.kind == "label_studio" else {"trace": guard(at.location, shown(at.location))}
+            checks: list[Trace] = [watch.connected]
+            if at.kind != "label_studio":
+                checks.insert(0, guard(at.location, shown(at.location)))
+            watched = {"trace": partial(_tell_all, checks)}
             headers_sent = {"Accept-Encoding": "identity", **private}
             request = client.build_request(method, at.location, headers=headers_sent, extensions=watched)
-            with _http_errors(at):
+            watch.expect_header()
+            with _http_errors(at, watch):
                 response = client.send(request, stream=True)
             try:
                 if not response.has_redirect_location:
@@ -220,6 +261,11 @@ def _request(
             finally:
                 response.close()
         raise SourceRefused(f"{shown(place.location)} redirects more than {_MAX_REDIRECTS} times.")
+
+
+def _tell_all(checks: Sequence[Trace], event: str, about: Mapping[str, Any]) -> None:
+    for check in checks:
+        check(event, about)
 
 
 def _redirected(at: Place, target: str, settings: Settings) -> Place:

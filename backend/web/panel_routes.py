@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, TypeVar
 
 import anyio
 import anyio.to_thread
@@ -14,6 +15,7 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from backend.errors import BackendError, SignatureInvalid
 from backend.label_studio.services import Services
 from backend.slides.source import SlideRef
+from backend.slides.underway import DownloadUnderWay
 from backend.web.assets import PanelAssets, message_page, page_headers
 from backend.web.deepzoom import DeepZoom, Picture, Pyramid
 from backend.web.events import StatusHub, read_statuses
@@ -34,10 +36,15 @@ log = logging.getLogger(__name__)
 
 # Decoding is bound by the cores; more at once would only take the threads that other requests need.
 _READERS = 4
+# How long an answer is held back for a slide that is being downloaded. The page can say in words how far that is; a picture cannot.
+_PAGE_WAIT_S = 4.0
+_PICTURE_WAIT_S = 50.0
+_LOOK_EVERY_S = 0.1
 _PRIVATE = "private, max-age=31536000, immutable"  # the address names the slide's content, and is a secret
 
 Token = Annotated[str, Query(alias="slide", description="The signed reference that `import` wrote into the task.")]
 Tag = Annotated[str | None, Header(alias="if-none-match")]
+Seen = TypeVar("Seen")
 
 
 class Panel:
@@ -52,6 +59,28 @@ class Panel:
         self.results = ShownResults(services)
         self.hub = StatusHub(services)
         self.readers = anyio.CapacityLimiter(_READERS)
+
+    async def read(self, look: Callable[..., Seen], *arguments: Any, wait_s: float = _PICTURE_WAIT_S) -> Seen:
+        """``look(*arguments)`` in one of the reader threads, of which none is held by a slide that is still being downloaded.
+
+        Raises
+        ------
+        DownloadUnderWay
+            The slide is not here after ``wait_s`` seconds; its download goes on.
+        SourceError, SlideError
+            As ``look``; of the download, if that fails within ``wait_s`` or has failed since it was last asked for.
+        """
+        until = anyio.current_time() + wait_s
+        while True:
+            try:
+                return await anyio.to_thread.run_sync(look, *arguments, limiter=self.readers)
+            except DownloadUnderWay as error:
+                download = error.download
+            while not download.over:
+                if anyio.current_time() > until:
+                    raise DownloadUnderWay(download)
+                await anyio.sleep(_LOOK_EVERY_S)
+            download.check()
 
     def slide(self, ref: SlideRef) -> dict[str, Any]:
         """The slide's size and scale; its error if it is gone or was replaced since the address was made."""
@@ -101,9 +130,9 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
 
     @router.get("/panel/slide")
     async def slide(token: Token) -> dict[str, Any]:
-        """Name, size and scale of the slide. It is opened for this, and downloaded first if it lies elsewhere."""
+        """Name, size and scale of the slide. It is opened for this. If it lies elsewhere it is downloaded first: 503 says how far that is."""
         ref = panel.signer.read(token).ref
-        return await anyio.to_thread.run_sync(panel.slide, ref, limiter=panel.readers)
+        return await panel.read(panel.slide, ref, wait_s=_PAGE_WAIT_S)
 
     @router.get("/panel/state")
     def state(token: Token) -> dict[str, Any]:
@@ -133,7 +162,7 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
     async def heatmap(token: Token, if_none_match: Tag = None) -> Response:
         """The whole slide with its heatmap; before it is analysed, the slide. For configs without a frame."""
         ref = panel.signer.read(token).ref
-        picture = await anyio.to_thread.run_sync(panel.heatmap, ref, limiter=panel.readers)
+        picture = await panel.read(panel.heatmap, ref)
         headers = {"ETag": picture.etag, "Cache-Control": "private, no-cache"}
         if if_none_match == picture.etag:
             return Response(status_code=304, headers=headers)
@@ -143,7 +172,7 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
     async def descriptor(token: str) -> Response:
         """The slide as a Deep Zoom Image, for any viewer that reads them."""
         ref = panel.signer.read(token).ref
-        pyramid: Pyramid = await anyio.to_thread.run_sync(panel.deepzoom.pyramid, ref, limiter=panel.readers)
+        pyramid: Pyramid = await panel.read(panel.deepzoom.pyramid, ref)
         return Response(pyramid.descriptor(), media_type="application/xml", headers={"Cache-Control": "no-store"})
 
     @router.get("/deepzoom/{token}/slide_files/{level}/{column}_{row}.jpg")
@@ -152,14 +181,14 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
         ref = panel.signer.read(token).ref
         found = panel.deepzoom.cached_tile(ref, level, column, row)
         if found is None:
-            found = await anyio.to_thread.run_sync(panel.deepzoom.tile, ref, level, column, row, limiter=panel.readers)
+            found = await panel.read(panel.deepzoom.tile, ref, level, column, row)
         return _picture(found, if_none_match)
 
     @router.get("/deepzoom/{token}/region.jpg")
     async def region(token: str, x: int, y: int, size: int, px: int = 224, if_none_match: Tag = None) -> Response:
         """The square at level-0 (x, y) with an edge of `size` level-0 pixels, as a picture of `px` pixels."""
         ref = panel.signer.read(token).ref
-        made = await anyio.to_thread.run_sync(panel.deepzoom.region, ref, x, y, size, px, limiter=panel.readers)
+        made = await panel.read(panel.deepzoom.region, ref, x, y, size, px)
         return _picture(made, if_none_match)
 
     return router

@@ -1,4 +1,4 @@
-"""Slides kept open between requests, within limits of number and memory; threads share them."""
+"""Slides kept open between requests, within limits of number and memory; threads share them, and none of them waits for a download."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import openslide
 from backend.settings import Settings
 from backend.slides.reader import ImageSlide, Slide, open_slide
 from backend.slides.source import SlideRef, SourceResolver
+from backend.slides.underway import without_waiting
 
 MAX_OPEN = 32
 MAX_IMAGE_BYTES = 1_000_000_000
@@ -67,6 +68,8 @@ class SlideCache:
 
         Raises
         ------
+        DownloadUnderWay
+            It is not on this machine yet, and is being downloaded in the background.
         SourceError, SlideError
             It is gone, has changed since, may not be read, or cannot be opened (nothing is kept then).
         """
@@ -74,7 +77,8 @@ class SlideCache:
         try:
             with entry.opening:  # several tiles of one slide are asked for at once: it is opened once
                 if entry.slide is None:
-                    (path,) = self._resolver.fetch(ref)
+                    with without_waiting():
+                        (path,) = self._resolver.fetch(ref)
                     entry.slide = open_slide(path, self._settings, cache=self._decoded)
             self._trim(ref)
             yield entry.slide
@@ -88,7 +92,8 @@ class SlideCache:
     def check(self, ref: SlideRef) -> None:
         """Raise what :meth:`slide` would raise if the slide's file is gone or was replaced; close what was open of it."""
         try:
-            self._resolver.fetch(ref)
+            with without_waiting():
+                self._resolver.fetch(ref)
         except BaseException:
             with self._lock:
                 entry = self._entries.get(ref)
