@@ -194,6 +194,13 @@ class DeviceUnavailable(ModelError):
     code = "device_unavailable"
 
 
+class DeviceFailed(ModelError):
+    """The device has failed in a way that the process does not recover from; another process may."""
+
+    code = "device_failed"
+    retryable = True
+
+
 class OutOfDeviceMemory(ModelError):
     """Even a batch of one tile does not fit into the device's memory."""
 

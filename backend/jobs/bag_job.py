@@ -10,7 +10,7 @@ from rq.exceptions import DeserializationError
 from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
-from backend.errors import BackendError, JobRefused, JobTimedOut, WorkerDied
+from backend.errors import BackendError, DeviceFailed, JobRefused, JobTimedOut, WorkerDied
 from backend.jobs import tasks
 from backend.jobs.redis_server import unavailable
 from backend.jobs.states import ALLOWED_FUNCTIONS, PUBLISH_BAG, PUBLISH_TASK, takes
@@ -63,22 +63,37 @@ def function_of(job: Job) -> str | None:
     return name if isinstance(name, str) else None  # any JSON value, where something else wrote the job
 
 
-def describe_abandoned(job: Job, ttl_s: int) -> JobTimedOut | WorkerDied:
-    """What became of a job whose worker has not been heard of for ``ttl_s`` seconds."""
+def describe_abandoned(job: Job, ttl_s: int, busy_s: float) -> JobTimedOut | WorkerDied:
+    """What became of a job whose worker has not been heard of for ``ttl_s`` seconds, after the job had run for ``busy_s``."""
     stage = f"at stage {job.meta.get('stage', '?')!r}"
-    if job.timeout and job.started_at and job.last_heartbeat:
-        # Both times are of its worker's clock.
-        busy_s = (job.last_heartbeat - job.started_at).total_seconds()
-        if busy_s >= job.timeout:
-            return JobTimedOut(
-                f"The job was stuck {stage} and heard no signal: its worker was killed after {busy_s:.0f} s.",
-                hint="Is the slide's file readable to its end, and its file system there? JOB_TIMEOUT_S is the longest time a slide may take.",
-            )
+    if job.timeout and busy_s >= job.timeout:
+        return JobTimedOut(
+            f"The job was stuck {stage} and heard no signal: its worker was killed after {busy_s:.0f} s.",
+            hint="Is the slide's file readable to its end, and its file system there? JOB_TIMEOUT_S is the longest time a slide may take.",
+        )
     hint = "" if job.retries_left else "It was tried as often as JOB_RETRIES says. Out of memory? See the worker's log."
     return WorkerDied(
         f"Worker {job.worker_name} on {job.meta.get('device', '?')} died, or was silent for {ttl_s} s, while it was {stage}.",
         hint=hint,
     )
+
+
+def is_push(job: Job) -> bool:
+    """Whether a job pushes predictions: one that took too long waited for a slow Label Studio, and may be tried again."""
+    return function_of(job) in (PUBLISH_BAG, PUBLISH_TASK)
+
+
+def _is_of_the_device(error: BaseException | None) -> bool:
+    """Whether CUDA has given up on this process, as after an illegal access; being out of memory is no such thing.
+
+    Told by what PyTorch says, since nothing here imports it.
+    """
+    while error is not None:
+        name = type(error).__name__
+        if name == "AcceleratorError" or (isinstance(error, RuntimeError) and "CUDA error" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def describe_failure(job: Job, error: BaseException | None, settings: Settings) -> dict[str, Any]:
@@ -92,8 +107,13 @@ def describe_failure(job: Job, error: BaseException | None, settings: Settings) 
                 hint="Raise JOB_TIMEOUT_S, or use a faster device.",
             )
             # A slide takes as long the next time. A push that took too long waited for a slow Label Studio.
-            return {**timed_out.as_dict(), "retryable": function_of(job) in (PUBLISH_BAG, PUBLISH_TASK)}
+            return {**timed_out.as_dict(), "retryable": is_push(job)}
         cause = cause.__cause__ or cause.__context__
+    if _is_of_the_device(error):
+        error = DeviceFailed(
+            f"The device failed: {str(error).splitlines()[0][:200]}",
+            hint="The slide is tried again by another process. If it happens again: driver, memory and temperature of the device.",
+        )
     if isinstance(error, RedisError):
         error = unavailable(error, settings)
     if isinstance(error, DeserializationError):

@@ -16,8 +16,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -29,7 +28,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import WorkerStatus
 
-from backend.errors import BackendError, DeviceUnavailable, JobRefused
+from backend.errors import BackendError, DeviceFailed, DeviceUnavailable, JobRefused
 from backend.jobs import scripts, tasks
 from backend.jobs.bag_job import BagJob, describe_failure, function_of
 from backend.jobs.devices import memory_in_use
@@ -40,6 +39,7 @@ from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import unavailable
 from backend.jobs.signals import SignalWatch
 from backend.jobs.states import ANALYSE, ANALYSIS_QUEUES, TRAIN
+from backend.jobs.status_file import StatusFile
 from backend.jobs.tallies import note_failure
 from backend.jobs.training import TrainingQueue
 
@@ -95,7 +95,7 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
         self.heartbeat_ttl_s = context.settings.heartbeat_ttl_s
         self.bag_queue: BagQueue = context.queue
         self._grace_s = grace_s
-        self._status_file = status_file
+        self._status_file = StatusFile(status_file)
         self._grace_timer: threading.Timer | None = None
         self._interruptible = False
         redis = context.redis
@@ -186,19 +186,24 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
             raise  # the job is noted as taken, and will be put back
         except Exception:
             log.exception("job %r cannot be read from Redis; it is dropped", job_id)
-            refused = JobRefused("The job is not one of ours.", hint="Something else writes to this Redis.")
-            key = Job.key_for("").encode() + job_id  # whatever bytes it is made of
-            self.connection.hset(key, mapping={"status": "failed", "meta": json.dumps({"error": refused.as_dict()})})
-            self.connection.expire(key, self.context.settings.failure_ttl_s)
+            self.drop_unreadable(job_id)
             self.connection.zrem(scripts.POPPED, popped[0] + b" " + job_id)
             return None
         job.origin = name
         return job, next(queue for queue in self.queues if queue.name == name)
 
+    def drop_unreadable(self, job_id: bytes) -> None:
+        """List a job as failed that cannot even be read."""
+        refused = JobRefused("The job is not one of ours.", hint="Something else writes to this Redis.")
+        key = Job.key_for("").encode() + job_id  # whatever bytes it is made of
+        self.connection.hset(key, mapping={"status": "failed", "meta": json.dumps({"error": refused.as_dict()})})
+        self.connection.expire(key, self.context.settings.failure_ttl_s)
+
     def execute_job(self, job: Job, queue: Queue) -> None:
         """Run one job in this thread, with heartbeats from the other."""
         execution = self.prepare_execution(job)
-        with self._heart.beating_for(job, execution), self._status(job):
+        limit_s = job.timeout or self.context.settings.job_timeout_s
+        with self._heart.beating_for(job, execution), self._status_file.running(job.id, limit_s):
             self.perform_job(job, queue, execution)
         self.set_state(WorkerStatus.IDLE)
 
@@ -217,26 +222,6 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
         super().prepare_job_execution(job, False)
         self.connection.zrem(scripts.POPPED, f"{job.origin} {job.id}")
         self._interruptible = True
-
-    @contextmanager
-    def _status(self, job: Job) -> Iterator[None]:
-        self._write_status(job.id)
-        try:
-            yield
-        finally:
-            self._write_status(None)
-
-    def _write_status(self, job_id: str | None) -> None:
-        if self._status_file is None:
-            return
-        try:
-            temporary = self._status_file.with_suffix(".tmp")
-            temporary.write_text(json.dumps({"pid": self.pid, "job": job_id, "since": time.monotonic()}))
-            temporary.replace(self._status_file)
-        except OSError as error:
-            # A full disk, for one. The watchdog does not see this job, and the job runs all the same.
-            log.warning("%s could not be written: %s", self._status_file, error)
-            self._status_file.unlink(missing_ok=True)
 
     # --- the end of a job -------------------------------------------------------------------------------------------
 
@@ -285,6 +270,12 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
 
         self._through_outages(record)
         self._clean_up(job, execution)
+        if failure["code"] == DeviceFailed.code:
+            # Whatever runs on this device in this process fails from now on, and would fail fast: a worker that takes every slide.
+            log.critical(
+                "worker %s: %s is lost to this process, which ends; its pool starts another", self.name, self.device
+            )
+            self._stop_requested = True
         if final and ended == "done":
             self._publish(job)
 
@@ -365,7 +356,7 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
 
     def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
         """One heartbeat, the job's included. Its lease first: that a full Redis still takes."""
-        self.leases.renew(job, execution)
+        self.leases.renew(job, execution, busy_s=self._heart.busy_s())
         with self.connection.pipeline() as pipeline:
             self.heartbeat(pipeline=pipeline)
             pipeline.expire(execution.key, self.heartbeat_ttl_s)

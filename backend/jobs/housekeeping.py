@@ -26,7 +26,7 @@ from rq.utils import now, utcformat
 
 from backend.errors import BackendError, JobTimedOut
 from backend.jobs import scripts
-from backend.jobs.bag_job import BagJob, describe_abandoned, function_of
+from backend.jobs.bag_job import BagJob, describe_abandoned, function_of, is_push
 from backend.jobs.states import ANALYSE
 from backend.jobs.training import TrainingQueue
 
@@ -40,6 +40,9 @@ MAINTENANCE_EVERY_S = 5.0
 SWEEP_EVERY_S = 10.0
 CLOCK_SLACK_S = 3.0
 """By how much Redis' clock and ours may drift apart between two looks at both before it counts as set."""
+STUCK_MARGIN_S = 120.0
+"""How much longer than its limit a job may run before its worker ends itself: later than a pool's watchdog would."""
+EXIT_STUCK = 70
 HAND_BACK_AFTER_S = 2.0
 """How long a job may stay deaf to its interruption before this thread puts it back and ends the process."""
 
@@ -83,6 +86,7 @@ class Heart(_Companion):
     def __init__(self, worker: BagWorker) -> None:
         super().__init__(worker, "heart")
         self._running: tuple[Job, Execution] | None = None
+        self._began = 0.0
         self.every_s = min(worker.heartbeat_ttl_s / 5, MAINTENANCE_EVERY_S)
 
     @property
@@ -93,11 +97,16 @@ class Heart(_Companion):
     @contextmanager
     def beating_for(self, job: Job, execution: Execution) -> Iterator[None]:
         """While inside, heartbeats are the job's too."""
+        self._began = time.monotonic()
         self._running = (job, execution)
         try:
             yield
         finally:
             self._running = None
+
+    def busy_s(self) -> float:
+        """For how many seconds the job has run."""
+        return time.monotonic() - self._began if self._running is not None else 0.0
 
     def run(self) -> None:
         """The thread."""
@@ -107,6 +116,7 @@ class Heart(_Companion):
     def _beat(self) -> None:
         running = self._running
         if running is not None:
+            self._end_if_stuck(running[0])
             self._worker.maintain_heartbeats(*running)
         else:
             self._worker.heartbeat()
@@ -115,6 +125,13 @@ class Heart(_Companion):
             pipeline.hset(self._worker.key, mapping=self._worker.serialize())
             worker_registration.register(self._worker, pipeline)
             pipeline.execute()
+
+    def _end_if_stuck(self, job: Job) -> None:
+        """A job that is deaf to its time limit ends with its process. Usually a pool sees to that, earlier; it may be gone, or never have been."""
+        busy_s = self.busy_s()
+        if job.timeout and job.timeout > 0 and busy_s > job.timeout + STUCK_MARGIN_S:
+            log.critical("job %s: stuck for %.0f s, and deaf; ending this process", job.id, busy_s)
+            os._exit(EXIT_STUCK)
 
 
 class Housekeeper(_Companion):
@@ -180,7 +197,15 @@ class Housekeeper(_Companion):
             at, expired = self._worker.leases.expired(queue.name)
             if self._may_judge(at):
                 for lease in expired:
-                    self._take_back(lease, queue)
+                    try:
+                        self._take_back(lease, queue)
+                    except RedisError:
+                        raise
+                    except Exception:
+                        # Put there by something else: it must not keep us from the others.
+                        log.exception("the job of lease %r cannot be read from Redis; it is dropped", lease)
+                        self._worker.drop_unreadable(lease.split(":", 1)[0].encode(errors="surrogateescape"))
+                        self._worker.leases.drop(lease, queue.name)
         for job_id in self._recover(args=[self._worker.heartbeat_ttl_s]):
             log.warning(
                 "job %s was taken by a worker that died before starting it; queued again",
@@ -204,8 +229,8 @@ class Housekeeper(_Companion):
         except NoSuchJobError:
             self._worker.leases.drop(lease, queue.name)
             return
-        died = describe_abandoned(job, self._worker.heartbeat_ttl_s)
-        if isinstance(died, JobTimedOut):
+        died = describe_abandoned(job, self._worker.heartbeat_ttl_s, self._worker.leases.busy_s(job))
+        if isinstance(died, JobTimedOut) and not is_push(job):
             job.retries_left = 0
         again = bool(job.retries_left)
         if self._worker.leases.fail_abandoned(job, lease, queue.name, died.as_dict()) != "done":

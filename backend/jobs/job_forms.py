@@ -50,9 +50,10 @@ class JobForms:
         """Pushes the prediction of one task."""
         return self.publishing(PUBLISH_TASK, (key, task.to_json()), publish_id(key, task))
 
-    def look_again(self, key: str, task: WaitingTask) -> Job:
-        """The same push once more, under an id of its own."""
-        job = self.publishing(PUBLISH_TASK, (key, task.to_json()), f"{publish_id(key, task)}-again")
+    def look_again(self, key: str, task: WaitingTask, *, once_more: bool = False) -> Job:
+        """The same push once more, under an id of its own. ``once_more``: under another, while the first runs."""
+        job_id = f"{publish_id(key, task)}-{'once-more' if once_more else 'again'}"
+        job = self.publishing(PUBLISH_TASK, (key, task.to_json()), job_id)
         job.description = f"look again at task {task.task} of project {task.project}"
         return job
 

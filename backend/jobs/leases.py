@@ -25,8 +25,12 @@ LONGEST_S = 660
 """No lease ends later than so long after now, in seconds: the longest ``HEARTBEAT_TTL_S`` and a minute. One that seems to has a clock behind it
 that was set back since."""
 
+BUSY_FIELD = "wsc_busy_s"
+"""Of a job's Redis hash."""
+
 _NAMES = f"""
 local JOB, QUEUE = '{Job.key_for("")}', '{Queue.redis_queue_namespace_prefix}'
+local BUSY = '{BUSY_FIELD}'
 local LEASES = '{StartedJobRegistry.key_template.format("")}'
 local SCHEDULED, FAILED = '{ScheduledJobRegistry.key_template.format("")}', '{FailedJobRegistry.key_template.format("")}'
 """
@@ -35,12 +39,12 @@ local SCHEDULED, FAILED = '{ScheduledJobRegistry.key_template.format("")}', '{Fa
 _RENEW = (
     _NAMES
     + """
--- ARGV: queue, lease, job's id, seconds, now as RQ writes it. Returns whether the job is one that runs or is about to.
+-- ARGV: queue, lease, job's id, seconds, now as RQ writes it, for how many seconds it has run. Returns whether the job is one that runs or is about to.
 local status = redis.call('HGET', JOB .. ARGV[3], 'status')
 if status ~= 'started' and status ~= 'queued' then return 0 end
 redis.call('ZREM', LEASES .. ARGV[1], ARGV[2])
 redis.call('ZADD', LEASES .. ARGV[1], redis.call('TIME')[1] + ARGV[4], ARGV[2])
-redis.call('HSET', JOB .. ARGV[3], 'last_heartbeat', ARGV[5])
+redis.call('HSET', JOB .. ARGV[3], 'last_heartbeat', ARGV[5], BUSY, ARGV[6])
 return 1
 """
 )
@@ -114,19 +118,27 @@ class Leases:
         self._expired = self._redis.register_script(_EXPIRED)
         self._end = self._redis.register_script(_END)
 
-    def renew(self, job: Job, execution: Execution, *, client: Any = None) -> None:
-        """Take the lease of an execution, or renew it. ``client`` may be a pipeline."""
-        args = [job.origin, execution.composite_key, job.id, self._ttl_s, utcformat(now())]
+    def renew(self, job: Job, execution: Execution, *, busy_s: float = 0.0, client: Any = None) -> None:
+        """Take the lease of an execution, or renew it, noting for how many seconds it has run. ``client`` may be a pipeline."""
+        args = [job.origin, execution.composite_key, job.id, self._ttl_s, utcformat(now()), round(busy_s, 1)]
         self._renew(args=args, client=client)
+
+    def busy_s(self, job: Job) -> float:
+        """For how many seconds a job had run at its last heartbeat, by its worker's clock that nobody sets."""
+        text = self._redis.hget(job.key, BUSY_FIELD)
+        try:
+            return float(text or 0)
+        except ValueError:
+            return 0.0
 
     def expired(self, queue: str) -> tuple[int, list[str]]:
         """Redis' time (s since 1970), and the leases of a queue that have run out, as ``job:execution``."""
         at, *leases = self._expired(args=[queue, self._ttl_s])
-        return int(at), [lease.decode() for lease in leases]
+        return int(at), [lease.decode(errors="surrogateescape") for lease in leases]
 
     def drop(self, lease: str, queue: str) -> None:
-        """Remove a lease whose job is gone."""
-        self._redis.zrem(StartedJobRegistry.key_template.format(queue), lease)
+        """Remove a lease whose job is gone, or none of ours."""
+        self._redis.zrem(StartedJobRegistry.key_template.format(queue), lease.encode(errors="surrogateescape"))
 
     def give_back(self, job: Job, execution: Execution, queue: str) -> Ended:
         """Put a job that was interrupted back to the front of its queue."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from backend.jobs.devices import available_cores, devices_from
+from backend.jobs.status_file import Busy, StatusFile
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ TRAINING = "train"
 
 WATCH_EVERY_S = 0.2
 WATCHDOG_MARGIN_S = 60.0
-"""How much longer than ``JOB_TIMEOUT_S`` a worker may be busy with one job. RQ's own timeout is a signal, which code in C never sees."""
+"""How much longer than a job's own limit a worker may be busy with it. RQ's own timeout is a signal, which code in C never sees."""
 BACKOFF_FIRST_S = 1.0
 BACKOFF_CAP_S = 60.0
 HEALTHY_AFTER_S = 60.0
@@ -54,15 +54,9 @@ class _Child:
     restarts: int = 0
     last_exit: int | None = None
 
-    def busy(self) -> tuple[str, float] | None:
-        """The job that runs and since how many seconds; ``None`` when idle."""
-        try:
-            status = json.loads(self.status_file.read_text())
-        except (FileNotFoundError, ValueError):
-            return None
-        if self.process is None or status["pid"] != self.process.pid or status["job"] is None:
-            return None
-        return status["job"], time.monotonic() - status["since"]  # CLOCK_MONOTONIC is one for all processes
+    def busy(self) -> Busy | None:
+        """The job that runs; ``None`` when idle."""
+        return None if self.process is None else StatusFile(self.status_file).read(self.process.pid)
 
 
 class WorkerPool:
@@ -80,7 +74,7 @@ class WorkerPool:
         A worker that dies is started again after ``backoff_first_s``, twice as long each time (a minute at most), and
         as at first once it has lived for ``healthy_after_s``.
     watchdog_s
-        A worker busy with one job for so long is killed. Default: the job timeout and a minute.
+        A worker busy with one job for so long is killed. Default: the job's own limit and a minute.
 
     Raises
     ------
@@ -103,7 +97,7 @@ class WorkerPool:
         self._command = tuple(command)
         self._backoff_first_s = backoff_first_s
         self._healthy_after_s = healthy_after_s
-        self._watchdog_s = settings.job_timeout_s + WATCHDOG_MARGIN_S if watchdog_s is None else watchdog_s
+        self._watchdog_s = watchdog_s
         self._folder = tempfile.TemporaryDirectory(prefix="wsc-workers-")
         folder = Path(self._folder.name)
         self._children = [_Child(d, d, ANALYSIS, folder / f"{d.replace(':', '')}.json") for d in self.devices]
@@ -195,8 +189,8 @@ class WorkerPool:
             "state": "running" if running else "stopped" if self._stopping.is_set() else "restarting",
             "restarts": child.restarts,
             "last_exit": child.last_exit,
-            "job": busy[0] if busy else None,
-            "busy_s": round(busy[1], 1) if busy else 0.0,
+            "job": busy.job if busy else None,
+            "busy_s": round(busy.seconds, 1) if busy else 0.0,
             "restart_in_s": 0.0 if running else max(0.0, child.start_at - time.monotonic()),
         }
 
@@ -243,8 +237,11 @@ class WorkerPool:
             log.error("worker %s: %s; starting it again in %.1f s", child.name, _ended(status), child.backoff_s)
             return
         busy = child.busy()
-        if busy is not None and busy[1] > self._watchdog_s:
-            log.error("worker %s: stuck in job %s for %.0f s; killing it", child.name, *busy)
+        if busy is None:
+            return
+        longest_s = busy.limit_s + WATCHDOG_MARGIN_S if self._watchdog_s is None else self._watchdog_s
+        if busy.seconds > longest_s:
+            log.error("worker %s: stuck in job %s for %.0f s; killing it", child.name, busy.job, busy.seconds)
             child.process.kill()
 
 

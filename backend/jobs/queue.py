@@ -40,6 +40,7 @@ from backend.settings import Settings
 __all__ = ["QUEUES", "BagQueue", "BagRequest", "JobState", "WaitingTask", "connect"]
 
 POLL_S = 0.05
+AGAIN_KEPT_S = 3600
 SWEEP_AFTER_S = 15
 """Age from which a task that waits for a bag nobody computes is looked after."""
 CLAIM_MAX_S = 300
@@ -85,6 +86,7 @@ class BagQueue(QueueOverview):
         self._take = register(scripts.TAKE_WAITING)
         self._drain = register(scripts.DRAIN_WAITING)
         self._release = register(scripts.RELEASE)
+        self._renew = register(scripts.RENEW)
 
     @answers_or_unavailable
     def ping(self) -> None:
@@ -142,6 +144,7 @@ class BagQueue(QueueOverview):
                 if function == TRAIN:
                     again = self.forms.training(int(args[0]))
                 elif function == ANALYSE:
+                    self._wait_again(key)
                     again = self.forms.analysis(BagRequest.from_json(args[0]), "interactive")
                 else:
                     again = self.forms.publishing(function, args, key)
@@ -211,6 +214,12 @@ class BagQueue(QueueOverview):
         return stale and bool(self.redis.set(name, self._token, px=ttl_ms))
 
     @answers_or_unavailable
+    def renew_claim(self, project: int, task: int, model_version: str, ttl_s: float) -> bool:
+        """Hold on for ``ttl_s`` what :meth:`claim_answer` of this queue gave; whether nobody else has it by now."""
+        name = scripts.answer_key(project, task, model_version)
+        return bool(self._renew(keys=[name], args=[self._token, max(1, round(ttl_s * 1000))]))
+
+    @answers_or_unavailable
     def release_claim(self, project: int, task: int, model_version: str) -> None:
         """Give back what :meth:`claim_answer` of this queue gave. One that has passed to somebody else is left alone."""
         self._release(keys=[scripts.answer_key(project, task, model_version)], args=[self._token])
@@ -235,6 +244,35 @@ class BagQueue(QueueOverview):
         return [WaitingTask.from_json(json.loads(text)) for text in texts]
 
     @answers_or_unavailable
+    def remember_waiting(self, key: str, waited: Iterable[WaitingTask]) -> None:
+        """Keep tasks that waited for a bag that has failed, for ``FAILURE_TTL_S``: :meth:`retry` has them wait again."""
+        mapping = {task.id: task.to_text() for task in waited}
+        if mapping:
+            with self.redis.pipeline() as pipeline:
+                pipeline.hset(scripts.waited_key(key), mapping=mapping)
+                pipeline.expire(scripts.waited_key(key), self.settings.failure_ttl_s)
+                pipeline.execute()
+
+    def _wait_again(self, key: str) -> None:
+        texts = self.redis.hvals(scripts.waited_key(key))
+        self.put_back_waiting(key, [WaitingTask.from_json(json.loads(text)) for text in texts])
+        self.redis.delete(scripts.waited_key(key))
+
+    @answers_or_unavailable
+    def count_again(self, what: str) -> int:
+        """How often this has been called for ``what``, with less than :data:`AGAIN_KEPT_S` between: so that nothing is begun again for ever."""
+        name = scripts.again_key(what)
+        with self.redis.pipeline() as pipeline:
+            pipeline.incr(name)
+            pipeline.expire(name, AGAIN_KEPT_S)
+            return int(pipeline.execute()[0])
+
+    @answers_or_unavailable
+    def forget_again(self, what: str) -> None:
+        """Begin to count anew: it has gone well."""
+        self.redis.delete(scripts.again_key(what))
+
+    @answers_or_unavailable
     def put_back_waiting(self, key: str, waiting: Iterable[WaitingTask]) -> None:
         """Write down tasks that wait for a bag; they are pushed when the bag is done, soon if it is done already."""
         mapping = {task.id: task.to_text() for task in waiting}
@@ -256,7 +294,9 @@ class BagQueue(QueueOverview):
     @answers_or_unavailable
     def look_again(self, key: str, task: WaitingTask, *, delay_s: int) -> None:
         """Push a task's prediction once more in ``delay_s`` seconds, which changes nothing where it is there once."""
-        self._submit_one(self.redis, self.forms.look_again(key, task), None, True, delay_s)
+        if self._submit_one(self.redis, self.forms.look_again(key, task), None, True, delay_s) == b"started":
+            # The one that looks now was itself not sure.
+            self._submit_one(self.redis, self.forms.look_again(key, task, once_more=True), None, True, delay_s)
 
     @answers_or_unavailable
     def publish_waiting(self, key: str) -> list[WaitingTask]:

@@ -31,6 +31,16 @@ def answer_key(project: int, task: int, model_version: str) -> str:
     return f"wsc:answer:{project}:{task}:{model_version}"
 
 
+def waited_key(bag_key: str) -> str:
+    """As :func:`waiting_key`, of the tasks that waited when the bag failed: should it be tried again, they wait again."""
+    return f"wsc:waited:{bag_key}"
+
+
+def again_key(what: str) -> str:
+    """Redis counter of how often something was begun again that should not need it."""
+    return f"wsc:again:{what}"
+
+
 TRAIN_AGAIN = "wsc:train:again"
 """Set of the projects for which training was asked while one ran."""
 
@@ -203,6 +213,20 @@ redis.call('ZREM', INDEX, ARGV[1])
 return values
 """
 )
+
+SAVE_META = (
+    _NAMES
+    + """
+-- Write a job's progress, unless the job is gone. ARGV: id, meta.
+if redis.call('HEXISTS', JOB .. ARGV[1], 'data') == 1 then redis.call('HSET', JOB .. ARGV[1], 'meta', ARGV[2]) end
+"""
+)
+
+RENEW = """
+-- Hold a key on if it is still ours. KEYS: the key. ARGV: our token, milliseconds. Returns whether it is.
+if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+return 0
+"""
 
 RELEASE = """
 -- Give a key back if it is still ours. KEYS: the key. ARGV: our token.

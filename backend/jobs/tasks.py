@@ -17,7 +17,8 @@ from redis.exceptions import RedisError
 from rq import get_current_job
 from rq.job import Job
 
-from backend.errors import JobTimedOut, PushUnsure, WorkerDied
+from backend.errors import JobTimedOut, PushUnsure, ResultNotFound, WorkerDied
+from backend.jobs import scripts
 from backend.jobs.queue import BagQueue, BagRequest, JobState, WaitingTask
 from backend.jobs.tallies import note_bag
 from backend.jobs.training import TrainingQueue
@@ -30,6 +31,10 @@ PROGRESS_EVERY_S = 0.25
 """Shortest time between two writes of a job's progress within one stage."""
 LOOK_AGAIN_S = 180
 """How long after a push of which it was unsure whether it was stored the task is looked at again: longer than servers work on a request."""
+LOOK_FOR_RESULT_S = 15
+LOOKS_FOR_RESULT = 2
+ANALYSES_AGAIN = 2
+"""How often a result that should be there is looked for, so many seconds apart, and how often its bag is analysed again after that."""
 _UNSURE = "unsure"
 _MAY_HAVE_STORED = (PushUnsure.code, WorkerDied.code, JobTimedOut.code)
 
@@ -238,7 +243,8 @@ class Progress:
             return
         self._job.meta = meta
         try:
-            self._job.save_meta()
+            # RQ would bring a job back that has run out meanwhile, as a ruin without an end.
+            self._job.connection.eval(scripts.SAVE_META, 0, self._job.id, self._job.serializer.dumps(meta))
         except RedisError as error:
             log.debug("progress of %s not written: %s", self._job.id, error)
 
@@ -264,7 +270,13 @@ def analyse(request: dict[str, Any]) -> dict[str, Any]:
 def publish_bag(key: str) -> dict[str, Any]:
     """Queue one push for each task that waits for the bag; drop them, saying why, if there will be no result.
 
-    While the bag is still (or again) under way, nothing happens: the end of that job asks anew.
+    While the bag is still (or again) under way, nothing happens: the end of that job asks anew. A bag that was analysed and has no result is looked for
+    again, as file systems of a network may show it later, then analysed again, and then given up.
+
+    Raises
+    ------
+    ResultNotFound
+        It is given up.
     """
     work = context()
     if work.store.has(key):
@@ -273,12 +285,37 @@ def publish_bag(key: str) -> dict[str, Any]:
     state = work.queue.state(key)
     if state is not None and state.status in ("queued", "started"):
         return {"key": key, "published": 0}
+    if not work.queue.waiting(key):
+        return {"key": key, "published": 0}
+    if (state is None or state.status != "failed") and _looked_for(work, key):
+        return {"key": key, "published": 0}
     dropped = work.queue.drain_waiting(key, unless_live=True)
+    work.queue.remember_waiting(key, dropped)
     for task in dropped:
         log.warning(
             "project=%d task=%d gets no prediction from bag=%s: %s", task.project, task.task, key, _reason(state)
         )
+    if dropped and (state is None or state.status != "failed"):
+        raise ResultNotFound(
+            f"The slide was analysed, and its result is not in {work.settings.results_location}; {len(dropped)} tasks waited for it.",
+            hint="Backend and workers must share one RESULTS_URL (or MODEL_DIR). Open the tasks again.",
+        )
     return {"key": key, "published": 0, "dropped": len(dropped)}
+
+
+def _looked_for(work: WorkerContext, key: str) -> bool:
+    """Look for a result that should be there; whether there is still hope."""
+    tries = work.queue.count_again(f"result:{key}")
+    if tries <= LOOKS_FOR_RESULT:
+        log.warning("bag=%s has no result although its job has ended; looking again in %d s", key, LOOK_FOR_RESULT_S)
+        work.queue.enqueue_publish(key, delay_s=LOOK_FOR_RESULT_S)
+        return True
+    request = work.queue.request(key)
+    if request is None or tries > LOOKS_FOR_RESULT + ANALYSES_AGAIN:
+        return False
+    log.warning("bag=%s still has no result; it is analysed again", key)
+    work.queue.submit(request, priority="batch")
+    return True
 
 
 def publish_task(key: str, waiting: dict[str, Any]) -> dict[str, Any]:

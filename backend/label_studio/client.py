@@ -35,6 +35,12 @@ class TokenRefused(LabelStudioUnreachable):
     code = "token_refused"
 
 
+class RedirectRefused(LabelStudioUnreachable):
+    """A redirect from ``LABEL_STUDIO_URL`` to another scheme, host or port. An operator can change the setting, and then what waits goes on."""
+
+    code = "redirect_refused"
+
+
 class TaskGone(LabelStudioError):
     """The task or project was deleted in Label Studio: there is nothing to push to."""
 
@@ -55,7 +61,22 @@ class LabelStudioClient:
     @cached_property
     def _http(self) -> httpx.Client:
         # Ours, because the SDK gives no way to close its own.
-        return httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True)
+        hooks = {"response": [self._refuse_another_place]}
+        return httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True, event_hooks=hooks)
+
+    def _refuse_another_place(self, response: httpx.Response) -> None:
+        # httpx would send the body again wherever a 307 or 308 leads, and that body may be the token.
+        if not response.has_redirect_location:
+            return
+        asked = response.request.url
+        with contextlib.suppress(httpx.InvalidURL):  # of which httpx makes an error of its own
+            to = asked.join(response.headers["location"])
+            if (to.scheme, to.host, to.port) != (asked.scheme, asked.host, asked.port):
+                there = f"{to.scheme}://{to.netloc.decode()}{httpx.URL(self.url).path}".rstrip("/")
+                raise RedirectRefused(
+                    f"What answers at {self.url} leads to another address, where the token is not sent.",
+                    hint=f"If Label Studio is there, set LABEL_STUDIO_URL={there}; if not, something stands in between.",
+                )
 
     def close(self) -> None:
         """Close the connections. The client opens new ones if it is used again."""
@@ -97,12 +118,17 @@ class LabelStudioClient:
         return str(self._call(lambda: self.sdk.projects.get(id=project)).label_config or "")
 
     def push_prediction(
-        self, task: int, prediction: Prediction, *, outdated: Callable[[object], bool] | None = None
+        self,
+        task: int,
+        prediction: Prediction,
+        *,
+        outdated: Callable[[object], bool] | None = None,
+        before_creating: Callable[[], None] = lambda: None,
     ) -> Pushed:
         """Make ``prediction`` the task's only prediction of its model version.
 
         An equal one is kept, another one of that version is updated, surplus ones of that version are deleted. Then those of other versions that
-        ``outdated`` names are deleted; all others are left alone.
+        ``outdated`` names are deleted; all others are left alone. ``before_creating`` is called right before a new one is stored, and may raise.
 
         Raises
         ------
@@ -129,6 +155,7 @@ class LabelStudioClient:
         else:
             done = "created"
         if done == "created":
+            before_creating()
             self._create(task, prediction)
             ours = self._predictions(task, version)  # another process may have done the same at the same time
             kept = min(int(p.id) for p in ours) if ours else 0
@@ -141,7 +168,7 @@ class LabelStudioClient:
         try:
             self._call(lambda: self.sdk.predictions.create(task=task, **prediction))
         except LabelStudioUnreachable as error:
-            if not _was_sent(error.__cause__):
+            if isinstance(error, RedirectRefused) or not _was_sent(error.__cause__):
                 raise
             raise PushUnsure(error.message, hint=error.hint) from error
 

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from backend.errors import BackendError, DownloadFailed, QueueUnavailable, RequestInvalid, ResultNotFound
+from backend.errors import (
+    BackendError,
+    DownloadFailed,
+    QueueUnavailable,
+    RequestInvalid,
+    ResultNotFound,
+    StoreUnavailable,
+)
 from backend.jobs.queue import BagRequest, JobState, WaitingTask
 from backend.label_studio.answers import Answers, slide_ref
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
@@ -54,6 +61,7 @@ class _Pending:
     task_id: int | None
     key: str
     request: BagRequest
+    stored: bool
 
 
 class Predictor:
@@ -69,7 +77,7 @@ class Predictor:
         """One slot for each task, in their order.
 
         A single task is waited for (``PREDICT_WAIT_S``), and its error is raised, so that Label Studio shows it. Several
-        tasks share ``PREDICT_BATCH_BUDGET_S``; errors of single ones are logged, and the others answered.
+        tasks share ``PREDICT_BATCH_BUDGET_S``; errors of single ones are logged, and the others answered, unless it is Redis or the store that is away.
         """
         config = parse_config(label_config)
         box = box_from_context(context)
@@ -83,7 +91,7 @@ class Predictor:
         for task, located in zip(tasks, self._located(tasks, config, deadline), strict=True):
             try:
                 item = located()
-                if not self._services.store.has(item.key):
+                if not item.stored:
                     pending.append(item)
                 elif not single and (
                     time.monotonic() > deadline or given >= _ANSWER_MAX_PREDICTIONS or given_bytes >= _ANSWER_MAX_BYTES
@@ -100,8 +108,8 @@ class Predictor:
                         given += bool(answer)
                         given_bytes += approximate_bytes(answer)
             except BackendError as error:
-                if single or isinstance(error, QueueUnavailable):
-                    raise
+                if single or isinstance(error, QueueUnavailable | StoreUnavailable):
+                    raise  # said aloud: an empty answer would mean that it is being worked on
                 log.warning("task %s: %s", task.get("id"), error)
             except Exception:
                 # A defect of ours, or a task odder than we thought of: it must not cost the other tasks their answer.
@@ -118,9 +126,9 @@ class Predictor:
     def _located(
         self, tasks: Sequence[Task], config: LabelingConfig, deadline: float
     ) -> Iterator[Callable[[], _Pending]]:
-        """For each task a function that gives where its slide is, or raises what is wrong.
+        """For each task a function that gives where its slide is and whether its result is stored, or raises what is wrong.
 
-        Slides behind HTTP cost a request each, so many tasks are looked up side by side; those that are not reached before
+        Slides behind HTTP and results in an object store cost a request each, so many tasks are looked up side by side; those that are not reached before
         ``deadline`` say so, and Label Studio asks for them again.
         """
         if len(tasks) == 1:
@@ -147,7 +155,8 @@ class Predictor:
             ) from None
         key = self._services.key(ref)
         task_id = task.get("id")
-        return _Pending(index, task, task_id if isinstance(task_id, int) else None, key, BagRequest(key, ref.to_json()))
+        number, request = task_id if isinstance(task_id, int) else None, BagRequest(key, ref.to_json())
+        return _Pending(index, task, number, key, request, self._services.store.has(key))
 
     def _answer(self, item: _Pending, project: int | None, label_config: str, box: PercentBox | None) -> Slot | None:
         """The prediction of a stored bag, ``[]`` if someone else is handing it out, ``None`` if nothing readable is stored."""

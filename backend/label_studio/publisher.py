@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from redis import Redis
 
-from backend.errors import LabelStudioUnreachable
+from backend.errors import LabelStudioUnreachable, SourceError
 from backend.jobs.pushes import note_push
 from backend.jobs.queue import BagRequest, WaitingTask
 from backend.label_studio.answers import Answers, slide_ref
@@ -23,6 +23,8 @@ from backend.slides.source import SlideRef
 
 log = logging.getLogger(__name__)
 
+ASKED_ANEW_MAX = 3
+"""So often the slide of a task may turn out to be another one, or its result to be gone, before that is called a failure."""
 _CLAIM_WAIT_S = 3.0
 _CLAIM_PAUSE_S = 0.25
 
@@ -58,6 +60,8 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
     ------
     LabelStudioUnreachable, TaskBusy
         Label Studio is away, or the task is being answered: try again later.
+    SourceError
+        The task's slide is another one each time it is looked at.
     """
     if model_of(waiting.model_version) != services.model.model_version:
         log.info("task %d: %s is no longer the model, not pushed", waiting.task, waiting.model_version)
@@ -87,13 +91,16 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
         if cluster is not None:
             prediction = {**prediction, "cluster": cluster}
         outdated = None if services.settings.keep_old_predictions else is_ours
-        pushed = services.client.push_prediction(waiting.task, prediction, outdated=outdated)
+        pushed = services.client.push_prediction(
+            waiting.task, prediction, outdated=outdated, before_creating=lambda: _hold_claim(services, waiting)
+        )
     except TaskGone:
         log.info("task %d was deleted in Label Studio, nothing to push", waiting.task)
         return None
     except BaseException:
         services.queue.release_claim(waiting.project, waiting.task, waiting.model_version)
         raise
+    services.queue.forget_again(_again(waiting))
     if pushed != "kept":
         # A panel that is open beside the task offers to reload it.
         note_push(services.queue, key, waiting.project, waiting.task)
@@ -104,13 +111,28 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
     return pushed
 
 
+def _again(waiting: WaitingTask) -> str:
+    return f"task:{waiting.id}"
+
+
 def _ask_anew(services: Services, ref: SlideRef, waiting: WaitingTask) -> None:
+    if services.queue.count_again(_again(waiting)) > ASKED_ANEW_MAX:
+        raise SourceError(
+            f"Each time its result is to be pushed, the slide of task {waiting.task} is another one, or the result is gone.",
+            hint="Is the file being written to, or does its server change ETag or Last-Modified at every request? Open the task again when that has ended.",
+        )
     request = BagRequest(services.key(ref), ref.to_json())
     if services.store.has(request.key):
         services.queue.put_back_waiting(request.key, [waiting])
         services.queue.enqueue_publish(request.key)
     else:
         services.queue.submit(request, priority="batch", waiting=waiting)
+
+
+def _hold_claim(services: Services, waiting: WaitingTask) -> None:
+    """What came before the storing may have taken longer than the claim holds."""
+    if not services.queue.renew_claim(waiting.project, waiting.task, waiting.model_version, CLAIM_TTL_S):
+        raise TaskBusy(f"Task {waiting.task} was answered by someone else.", hint="It is looked at again by itself.")
 
 
 def _claim(services: Services, waiting: WaitingTask) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_rig import STORES_LATE_S, Parts, Rig
+from fault_rig import LOOK_FOR_RESULT_S, STORES_LATE_S, Parts, Rig
 from redis_rig import OwnRedis, RedisProxy
 
 
@@ -97,6 +97,7 @@ def standing(
         "backend.label_studio.client._TIMEOUT_S": 2.0,
         "backend.jobs.job_forms.PUBLISH_BACKOFF_CAP_S": 2,
         "backend.jobs.tasks.LOOK_AGAIN_S": STORES_LATE_S,
+        "backend.jobs.tasks.LOOK_FOR_RESULT_S": LOOK_FOR_RESULT_S,
     }
     rig = Rig(folder, small_slide, checkpoint, redis_url=proxy.url, results_url=str(results), tweaks=tweaks)
     try:

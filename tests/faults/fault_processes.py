@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from backend.errors import SlideUnreadable
 from backend.jobs import bag_worker, tasks, worker
 from backend.jobs.pool import WorkerPool
 from backend.settings import Settings
@@ -47,17 +48,23 @@ def gate(settings: Settings, name: str, stage: str) -> None:
     note(settings, "reached", f"{name}.{stage} {os.getpid()}")
     order = settings.model_dir / "do" / f"{name}.{stage}"
     if order.exists():
-        misbehave(order.read_text())
+        misbehave(order.read_text(), settings, name)
     while (settings.model_dir / "hold" / f"{name}.{stage}").exists():
         time.sleep(0.01)
 
 
-def misbehave(how: str) -> None:
-    """``die``: as by SIGKILL. ``hang``: in C, deaf to every signal but SIGKILL."""
+def misbehave(how: str, settings: Settings, name: str) -> None:
+    """``die``: as by SIGKILL. ``hang``: in C, deaf to every signal but SIGKILL. ``touch``: the slide's file changes. ``refuse``: it cannot be read. ``device``: CUDA gives up."""
     if how == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif how == "hang":
         hang_in_c()
+    elif how == "touch":
+        (settings.model_dir / "slides" / f"{name}.tif").touch()
+    elif how == "refuse":
+        raise SlideUnreadable(f"{name} cannot be read.")
+    elif how == "device":
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     else:
         raise ValueError(f"nobody knows how to {how}")
 

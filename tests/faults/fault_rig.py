@@ -33,6 +33,8 @@ PROGRAM = (sys.executable, str(Path(__file__).with_name("fault_processes.py")))
 # The repository, for a checkout that is not installed.
 PYTHONPATH = os.pathsep.join([str(Path(__file__).parents[2])])
 SHORTENED_CLAIM_S = 3.0
+LOOK_FOR_RESULT_S = 2
+"""So long after it was not there a result is looked for again, by the tests' backend."""
 STORES_LATE_S = 8
 """So long after a push that was not sure the tests' backend looks again. Its default is made for a real Label Studio."""
 QUICK = {
@@ -327,7 +329,7 @@ class Rig:
         """Why a slide has failed for good, as the job list says it; empty if it has not."""
         state = self.state(name)
         if state is None or state.status != "failed" or not state.error:
-            about = f"push task {self.task(name)} of"
+            about = (f"push task {self.task(name)} of", f"push what waits for {self.key(name)}")
             pushes = (job for job in self.queue.jobs(10_000, "failed") if job.about.startswith(about))
             state = next(pushes, None)
         if state is None or not state.error:

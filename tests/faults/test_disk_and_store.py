@@ -123,6 +123,50 @@ def test_a_result_that_is_damaged_before_it_is_pushed_is_computed_again(rig: Rig
     record("faults", "stored result truncated before it is pushed", **tally.counts())
 
 
+def test_a_result_that_shows_late_is_waited_for(rig: Rig) -> None:
+    """As on a file system of a network, whose machines remember for a while that a file was not there."""
+    rig.hold("shows-late.stored")
+    rig.ask("shows-late")
+    rig.reached("shows-late.stored")
+    path = stored_file(rig, "shows-late")
+    hidden = path.rename(path.with_suffix(".hidden"))
+    rig.release("shows-late.stored")
+    eventually(lambda: f"bag={rig.key('shows-late')} has no result although" in rig.log(), "it is missed")
+    hidden.rename(path)
+    tally = rig.settle("shows-late")
+    assert_none_lost(tally, rig)
+    assert rig.runs("shows-late") == 1, "there was no need to compute it again"
+    record("faults", "stored result shows only later", **tally.counts())
+
+
+@pytest.mark.faults_long
+def test_a_result_that_is_gone_is_computed_again(rig: Rig) -> None:
+    rig.hold("vanishes.stored")
+    rig.ask("vanishes")
+    rig.reached("vanishes.stored")
+    stored_file(rig, "vanishes").unlink()
+    rig.release("vanishes.stored")
+    tally = rig.settle("vanishes")
+    assert_none_lost(tally, rig)
+    assert rig.runs("vanishes") == 2
+    record("faults", "stored result is gone", **tally.counts())
+
+
+@pytest.mark.faults_long
+def test_workers_that_store_elsewhere_are_a_failure_that_says_so(
+    make_rig: Callable[..., Rig], own_redis: OwnRedis, tmp_path: Path
+) -> None:
+    rig = make_rig(redis_url=own_redis.url, tweaks={"backend.jobs.tasks.LOOK_FOR_RESULT_S": 1})
+    rig.serve()
+    rig.ask("elsewhere")
+    rig.worker("interactive,batch", RESULTS_URL=str(tmp_path / "another-store"))
+    rig.worker("publish")
+    tally = rig.settle("elsewhere")
+    assert_none_lost(tally, rig, failed=1)
+    assert "result_not_found: The slide was analysed, and its result is not in" in tally.failed["elsewhere"]
+    record("faults", "a worker stores its results elsewhere", **tally.counts())
+
+
 @pytest.mark.faults_long
 def test_two_workers_store_the_same_bag(make_rig: Callable[..., Rig], own_redis: OwnRedis) -> None:
     """A worker is frozen in the middle of writing, another takes the slide over, and the first thaws: both write at once."""

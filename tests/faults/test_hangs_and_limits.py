@@ -70,6 +70,81 @@ def test_a_slide_that_becomes_a_pipe_before_it_is_opened_fails_with_its_reason(r
     record("faults", "a slide becomes a FIFO", tried=1, survived=0, failed_with_reason=1, lost=0, doubled=0)
 
 
+def test_a_slide_that_is_another_one_at_every_look_is_not_computed_for_ever(rig: Rig) -> None:
+    """As one whose file is being written to, or whose server gives a new date at every request."""
+    rig.order("restless.stored", "touch")
+    rig.ask("restless")
+    failed = eventually(
+        lambda: [job for job in rig.queue.jobs(10_000, "failed") if f"task {rig.task('restless')} of" in job.about],
+        "it is given up",
+    )
+    assert "is another one" in failed[0].error["message"]
+    assert rig.runs("restless") <= 6
+    (rig.folder / "do" / "restless.stored").unlink()
+    rig.ask("restless")
+    tally = rig.settle("restless")
+    assert rig.studio.of(rig.task("restless")), "and when that has ended, it is analysed"
+    record(
+        "faults",
+        "a slide's file changes during every analysis",
+        tried=1,
+        survived=0,
+        failed_with_reason=1,
+        lost=0,
+        doubled=len(tally.doubled),
+    )
+
+
+def test_a_failed_slide_that_is_tried_again_by_hand_reaches_label_studio(rig: Rig) -> None:
+    rig.order("mended.open", "refuse")
+    rig.ask("mended")
+    assert_none_lost(rig.settle("mended"), rig, failed=1)
+    (rig.folder / "do" / "mended.open").unlink()
+    rig.queue.retry(rig.key("mended"))
+    tally = rig.settle("mended")
+    assert_none_lost(tally, rig)
+    record("faults", "a failed slide is tried again by hand", **tally.counts())
+
+
+@pytest.mark.faults_long
+def test_a_worker_without_a_pool_ends_itself_when_its_slide_hangs(
+    make_rig: Callable[..., Rig], own_redis: OwnRedis
+) -> None:
+    rig = make_rig(
+        redis_url=own_redis.url, job_timeout_s=TIME_LIMIT_S, tweaks={"backend.jobs.housekeeping.STUCK_MARGIN_S": 1}
+    )
+    rig.serve()
+    rig.order("hangs.open", "hang")
+    rig.ask("hangs", "other")
+    stuck = rig.worker("interactive,batch")
+    rig.reached("hangs.open")
+    rig.worker("interactive,batch,publish")
+    assert stuck.wait(60) == 70
+    tally = rig.settle()
+    assert_none_lost(tally, rig, failed=1)
+    assert tally.failed["hangs"].startswith("job_timed_out: The job was stuck at stage 'open'")
+    record("faults", "a reader that hangs in C, worker without a pool", **tally.counts())
+
+
+def test_a_worker_whose_device_fails_ends_and_another_takes_the_slide(
+    make_rig: Callable[..., Rig], own_redis: OwnRedis
+) -> None:
+    """CUDA's own error, which is injected: there is no CUDA device here. In its process nothing would ever work again."""
+    rig = make_rig(redis_url=own_redis.url)
+    rig.serve()
+    rig.order("first.encode", "device")
+    rig.ask("first", "second")
+    broken = rig.worker("interactive,batch")
+    broken.wait(60)
+    assert "cpu is lost to this process" in rig.log()
+    (rig.folder / "do" / "first.encode").unlink()
+    assert rig.runs("second") == 0, "it takes no other slide with it"
+    rig.pool()
+    tally = rig.settle()
+    assert_none_lost(tally, rig)
+    record("faults", "device fails for good (injected)", **tally.counts())
+
+
 @pytest.fixture
 def real_model_rig(tmp_path: Path, small_slide: Path, stand_in: Path, own_redis: OwnRedis) -> Iterator[Rig]:
     rig = Rig(tmp_path, small_slide, stand_in, redis_url=own_redis.url, batch_tiles=8)

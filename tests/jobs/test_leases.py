@@ -206,13 +206,36 @@ def test_nobody_is_taken_for_dead_by_one_who_has_just_come_or_whose_clock_has_ju
     assert not housekeeper._may_judge(1000)
 
 
+def test_how_long_a_job_has_run_is_told_by_a_clock_that_nobody_sets(
+    queue: BagQueue, worker: BagWorker, leases: Leases
+) -> None:
+    job, execution = running(queue, worker, "a")
+    leases.renew(job, execution, busy_s=12.34)
+    job.started_at -= timedelta(hours=1)  # as if the machine's clock had been set on
+    assert leases.busy_s(job) == 12.3
+    assert describe_abandoned(job, 45, leases.busy_s(job)).code == "worker_died"
+
+
+def test_a_lease_on_something_that_is_no_job_keeps_nobody_from_the_others(
+    queue: BagQueue, worker: BagWorker, redis: Redis
+) -> None:
+    _, execution = running(queue, worker, "a")
+    poison = [b"nonsense:1", b"\xff\xfe:2", b"no-such-job:3"]
+    redis.hset("rq:job:nonsense", mapping={"data": "no data", "status": "started", "created_at": "never"})
+    redis.zadd(LEASES, {execution.composite_key: 2, **dict.fromkeys(poison, 1)})
+    housekeeper = Housekeeper(worker, Heart(worker))
+    housekeeper._judges_from = 0.0
+    housekeeper._put_in_order()
+    assert redis.zrange(LEASES, 0, -1) == []
+    assert listed(redis) == [key("a")], "the dead worker's job is queued again"
+    assert redis.hget("rq:job:nonsense", "status") == b"failed"
+
+
 def test_a_job_that_heard_no_signal_is_said_to_have_been_stuck_and_not_to_have_killed_its_worker(
     queue: BagQueue, worker: BagWorker
 ) -> None:
     job, _ = running(queue, worker, "a")
-    job.last_heartbeat = job.started_at + timedelta(seconds=job.timeout - 1)
-    assert describe_abandoned(job, 45).code == "worker_died"
-    job.last_heartbeat = job.started_at + timedelta(seconds=job.timeout + 30)
-    stuck = describe_abandoned(job, 45)
+    assert describe_abandoned(job, 45, job.timeout - 1).code == "worker_died"
+    stuck = describe_abandoned(job, 45, job.timeout + 30)
     assert (stuck.code, stuck.retryable) == ("job_timed_out", False)
     assert "stuck" in stuck.message

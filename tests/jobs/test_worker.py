@@ -13,10 +13,13 @@ from pathlib import Path
 
 from job_helpers import TILES, bag, eventually, key, ledger, waiting, workers
 from redis import Redis
+from rq.serializers import JSONSerializer
 
 from backend.jobs import scripts
+from backend.jobs.bag_job import BagJob
 from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import EmbeddedRedis, connect
+from backend.jobs.tasks import Progress
 from backend.results.store import ResultStore
 from backend.settings import Settings
 
@@ -324,3 +327,13 @@ def test_everything_a_worker_leaves_in_redis_is_json(settings: Settings, queue: 
     assert {"key": key("a"), "computed": True} in [
         {name: v[name] for name in ("key", "computed")} for v in values if "computed" in v
     ]
+
+
+def test_progress_does_not_bring_back_a_job_that_is_gone(settings: Settings, queue: BagQueue) -> None:
+    queue.submit(bag("a"), priority="batch")
+    job = BagJob.fetch(key("a"), connection=queue.redis, serializer=JSONSerializer)
+    progress = Progress(job, "cpu")
+    assert json.loads(queue.redis.hget(job.key, "meta"))["stage"] == "start"
+    queue.redis.delete(job.key)  # it has run out, or Redis has lost its data
+    progress("encode", 0, 1)
+    assert not queue.redis.exists(job.key)

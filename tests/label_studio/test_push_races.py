@@ -1,15 +1,24 @@
-"""A push whose prediction is deleted by somebody else in the same moment. The stub is there because a real Label Studio cannot be made to race."""
+"""Pushes and answers while something else happens in the same moment. The stub is there because a real Label Studio cannot be made to race."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from label_studio_stub import StudioStub
+from label_studio_stub import PROJECT, StudioStub
+from redis import Redis
+from web_client import predict_body, served, store_result, task
 
+from backend.errors import StoreUnavailable
+from backend.jobs.queue import WaitingTask
+from backend.jobs.redis_server import EmbeddedRedis
+from backend.jobs.scripts import answer_key
 from backend.label_studio.client import LabelStudioClient
+from backend.label_studio.publisher import TaskBusy, push
 from backend.settings import Settings
+from backend.slides.synthetic import SyntheticSlide
 
 
 @pytest.fixture
@@ -40,3 +49,59 @@ def test_a_prediction_that_is_deleted_while_it_is_updated_is_created_anew(studio
     (stored,) = studio.of(task)
     assert stored["result"] == prediction("second")["result"]
     client.close()
+
+
+def test_a_push_that_has_lost_its_claim_meanwhile_stores_nothing(
+    studio: StudioStub,
+    tmp_path: Path,
+    embedded_redis: EmbeddedRedis,
+    redis: Redis,
+    stand_in: Path,
+    synthetic_slide: SyntheticSlide,
+) -> None:
+    """Label Studio was slow, and an answer to /predict has been given instead: both would be stored."""
+    more = {"label_studio_url": studio.url, "label_studio_api_key": "a-legacy-token-of-a-stub"}
+    with served(tmp_path, embedded_redis, stand_in, **more) as (_, services):
+        slide = tmp_path / "slides" / "slide.tif"
+        shutil.copy(synthetic_slide.path, slide)
+        key, number = store_result(services, slide), studio.add_task(slide)
+        waiting = WaitingTask(PROJECT, number, "", services.model.model_version)
+        name = answer_key(PROJECT, number, waiting.model_version)
+
+        def loses_the_claim(method: str, path: str) -> None:
+            if method == "GET" and path == "/api/predictions":
+                redis.set(name, "somebody else", px=60_000)
+
+        with studio.choosing(loses_the_claim), pytest.raises(TaskBusy):
+            push(services, key, waiting)
+        assert studio.of(number) == []
+        assert redis.get(name) == b"somebody else", "whose claim is left alone"
+        redis.delete(name)
+        assert push(services, key, waiting) == "created"
+
+
+def test_a_batch_is_told_that_the_store_is_away_rather_than_that_it_is_being_worked_on(
+    tmp_path: Path,
+    embedded_redis: EmbeddedRedis,
+    redis: Redis,
+    stand_in: Path,
+    synthetic_slide: SyntheticSlide,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with served(tmp_path, embedded_redis, stand_in) as (client, services):
+        slides = [tmp_path / "slides" / f"slide-{i}.tif" for i in range(3)]
+        for slide in slides:
+            shutil.copy(synthetic_slide.path, slide)
+        body = predict_body(*(task(i, image=str(slide)) for i, slide in enumerate(slides, start=1)))
+
+        def away(_key: str) -> bool:
+            raise StoreUnavailable("The store of results does not answer.", hint="Start it.")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(services.store, "has", away)
+            answer = client.post("/predict", json=body)
+        assert answer.status_code == 503 and "store of results does not answer" in answer.text
+        assert client.post("/predict", json=body).json()["results"] == [[], [], []], (
+            "and once it is back, they are queued"
+        )
+        assert services.queue.depths()["batch"] == 3
