@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from backend.errors import BackendError, RequestInvalid
+from backend.errors import BackendError, DownloadFailed, RequestInvalid, ResultDamaged
 from backend.label_studio import rle
 from backend.label_studio.answers import slide_ref
 from backend.label_studio.labeling_config import HEAD_KINDS, LabelingConfig
@@ -89,6 +89,11 @@ class Lesson:
     unanalysed: int = 0
     by_task: Mapping[int, Slide] = field(default_factory=dict)
 
+    @property
+    def unplaced(self) -> frozenset[int]:
+        """Annotated tasks whose slide, result or embedding is not there."""
+        return self.annotated & {issue.task_id for issue in self.issues if issue.code == "no_embedding"}
+
     def digest(self, fingerprint: str) -> str:
         """What the heads depend on: the same digest, the same heads."""
         controls = {
@@ -128,15 +133,24 @@ class Teacher:
         self._lock = threading.Lock()
 
     def lesson(self, project: int, config: LabelingConfig, progress: Progress) -> Lesson:
-        """Everything that ``project`` teaches now; errors as of :class:`~backend.label_studio.client.LabelStudioClient`."""
+        """Everything that ``project`` teaches now; errors as of :class:`~backend.label_studio.client.LabelStudioClient`.
+
+        Raises
+        ------
+        StoreUnavailable
+            The store of results is away: a slide that cannot be looked up is none that lacks a result.
+        DownloadFailed
+            The server of an annotated slide is away, so that labels would be missing. A slide without labels is left out instead.
+        """
         progress("read", 0, 0)
         client = self._services.client
         annotations, issues = read_annotations(client.annotated_tasks(project))
         targets = targets_of(config)
-        slides, embeddings, missing = self._slides(client.tasks(project), config, progress, issues)
+        annotated = frozenset(a.task_id for a in annotations)
+        slides, embeddings, missing = self._slides(client.tasks(project), config, annotated, progress, issues)
         by_task = {slide.task: slide for slide in slides}
         here = [a for a in annotations if a.task_id in by_task]
-        for task in sorted({a.task_id for a in annotations} - set(by_task)):
+        for task in sorted(annotated - set(by_task)):
             issues.append(Issue("no_embedding", task, missing.get(task, "its slide has no result yet")))
         labels: dict[str, list[SlideLabel]] = {}
         for target in targets:
@@ -150,7 +164,7 @@ class Teacher:
             embeddings=embeddings,
             labels={name: found for name, found in labels.items() if found},
             tiles=tiles,
-            annotated=frozenset(a.task_id for a in annotations),
+            annotated=annotated,
             issues=tuple(issues),
             unanalysed=len(missing),
             by_task=by_task,
@@ -160,17 +174,22 @@ class Teacher:
         self,
         tasks: Sequence[tuple[int, dict[str, Any]]],
         config: LabelingConfig,
+        annotated: frozenset[int],
         progress: Progress,
         issues: list[Issue],
     ) -> tuple[list[Slide], Float32Array, dict[int, str]]:
         slides: list[Slide] = []
         rows: list[Float32Array] = []
         missing: dict[int, str] = {}
-        with ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="locate") as pool:
+        pool = ThreadPoolExecutor(_LOOKUPS_AT_ONCE, thread_name_prefix="locate")
+        try:
             located = pool.map(lambda task: self._locate(task[1], config), tasks)
             for done, ((task, data), found) in enumerate(zip(tasks, located, strict=True), start=1):
                 progress("slides", done, len(tasks))
                 if isinstance(found, BackendError):
+                    # What passes must not look like labels that were taken back. A slide without labels can wait for the next training.
+                    if found.retryable and (task in annotated or not isinstance(found, DownloadFailed)):
+                        raise found
                     missing[task] = found.message
                     continue
                 ref, key, embedding = found
@@ -185,6 +204,8 @@ class Teacher:
                 else:
                     slides.append(Slide(len(rows), task, data, key, ref))
                     rows.append(embedding)
+        finally:
+            pool.shutdown(cancel_futures=True)
         return slides, np.stack(rows) if rows else np.zeros((0, 1), np.float32), missing
 
     def _locate(
@@ -198,6 +219,8 @@ class Teacher:
             return error
         except UnicodeError as error:
             return RequestInvalid(f"its slide has a location that is no text: {error}")
+        except OSError as error:
+            return DownloadFailed(f"its slide cannot be looked at now: {error.strerror or error}")
 
     def _embedding(self, key: str) -> Float32Array | None:
         with self._lock:
@@ -230,6 +253,7 @@ class Teacher:
             slide = by_task[task]
             result = self._services.store.get(slide.key, latents=False)
             if result is None:
+                issues.append(Issue("no_embedding", task, "its result is gone, so what is drawn on it teaches nothing"))
                 continue
             overlap = self._services.settings.tile_label_min_overlap
             tiles, problems = tile_labels(theirs, targets, result.bag, decode_rle=rle.decode, min_overlap=overlap)
@@ -239,8 +263,15 @@ class Teacher:
         return dict(found)
 
     def labelled_tiles(self, entries: Sequence[tuple[Slide, TileLabels]]) -> Iterator[LabelledTiles]:
-        """The latents of labelled tiles, slide by slide: one slide's are in memory at a time."""
+        """The latents of labelled tiles, slide by slide: one slide's are in memory at a time.
+
+        Raises
+        ------
+        ResultDamaged
+            A result has gone since the lesson was read: what is left is not what the lesson's digest says, so the lesson is to be read anew.
+        """
         for slide, entry in entries:
             result = self._services.store.get(slide.key)
-            if result is not None:
-                yield LabelledTiles(slide.name, result.latents[entry.tiles], entry.labels)
+            if result is None:
+                raise ResultDamaged(f"The stored result of {slide.name} is damaged, or has just been deleted.")
+            yield LabelledTiles(slide.name, result.latents[entry.tiles], entry.labels)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from redis import Redis
 
+from backend.errors import HeadDamaged
 from backend.jobs.queue import WaitingTask
 from backend.label_studio.client import TaskGone
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
@@ -111,6 +112,10 @@ def train(services: Services, project: int, progress: Progress) -> TrainingRepor
         Label Studio is away; refuses; does not know the project.
     QueueUnavailable
         Redis does not answer, so nothing can be pushed.
+    StoreUnavailable, DownloadFailed
+        Results, heads or an annotated slide cannot be looked up now.
+    HeadDamaged
+        The heads in use are damaged, and cannot be made anew, as slides that taught them are not there.
     """
     label_config = services.client.label_config(project)
     services.training.config_changed(project, label_config)
@@ -118,13 +123,18 @@ def train(services: Services, project: int, progress: Progress) -> TrainingRepor
     teacher = _teacher_of(services)
     lesson = teacher.lesson(project, config, progress)
     before, old = services.versions.version(project), services.versions.snapshot(project)
-    digest = lesson.digest(services.model.fingerprint)
-    if old is not None and old.about.get("chosen_for") == digest and old.about["version"] == before:
+    current: HeadSet | HeadDamaged | None
+    try:
+        current, chosen_for = services.versions.in_use(project), services.versions.registry.chosen_for(project)
+    except HeadDamaged as error:
+        log.error("project=%d is trained anew: %s", project, error)
+        current, chosen_for = error, ""
+    if not isinstance(current, HeadDamaged) and chosen_for == lesson.digest(services.model.fingerprint):
         # Somebody put these heads in use (or none), and the labels are those that they had before them then.
-        heads, too_few, chosen_for = services.versions.heads(project), list(old.about["too_few"]), digest
+        heads, too_few = current, _still_too_few(old, current)
     else:
-        (heads, too_few), chosen_for = _heads(services, project, lesson, teacher, progress), ""
-    return _settle(services, project, config, lesson, heads, too_few, progress, before=before, chosen_for=chosen_for)
+        heads, too_few = _heads(services, project, lesson, teacher, current, old, progress)
+    return _settle(services, project, config, lesson, heads, too_few, progress, before=before)
 
 
 def put_in_use(services: Services, project: int, version: str | None, progress: Progress) -> TrainingReport:
@@ -136,7 +146,7 @@ def put_in_use(services: Services, project: int, version: str | None, progress: 
     ------
     HeadNotFound, HeadDamaged, HeadMismatch
         There is no such version; it cannot be read; it was trained on embeddings of another model. Nothing has changed then.
-    LabelConfigUnsupported, LabelStudioUnreachable, LabelStudioError, TaskGone, QueueUnavailable
+    LabelConfigUnsupported, LabelStudioUnreachable, LabelStudioError, TaskGone, QueueUnavailable, StoreUnavailable, DownloadFailed
         As of :func:`train`.
     """
     services.queue.ping()
@@ -144,15 +154,14 @@ def put_in_use(services: Services, project: int, version: str | None, progress: 
     lesson = _teacher_of(services).lesson(project, config, progress)
     before, old = services.versions.version(project), services.versions.snapshot(project)
     registry, fingerprint = services.versions.registry, services.model.fingerprint
+    # Written down with the choice itself: should we die right after it, the next training on these labels keeps it, and goes on from there.
+    chosen_for = lesson.digest(fingerprint)
     heads = None
     if version is None:
-        registry.retire(project)
+        registry.retire(project, chosen_for=chosen_for)
     else:
-        heads = registry.restore(project, version, fingerprint=fingerprint)
-    known = {} if heads is None else heads.heads
-    too_few = [few for few in (old.about["too_few"] if old is not None else ()) if few["control"] not in known]
-    chosen_for = lesson.digest(fingerprint)
-    return _settle(services, project, config, lesson, heads, too_few, progress, before=before, chosen_for=chosen_for)
+        heads = registry.restore(project, version, fingerprint=fingerprint, chosen_for=chosen_for)
+    return _settle(services, project, config, lesson, heads, _still_too_few(old, heads), progress, before=before)
 
 
 def _settle(
@@ -165,18 +174,17 @@ def _settle(
     progress: Progress,
     *,
     before: str,
-    chosen_for: str,
 ) -> TrainingReport:
     """Score every slide with the heads in use, write that down, and have Label Studio follow."""
     old = services.versions.snapshot(project)
-    snapshot = _snapshot(services, lesson, config, heads, too_few, chosen_for)
+    snapshot = _snapshot(services, lesson, config, heads, too_few)
     write_snapshot(snapshot, services.versions.snapshot_file(project))
-    version = services.versions.version(project)
+    version = str(snapshot.about["version"])
     progress("version", 0, 0)
     services.client.follow_version(project, services.settings.browser_url, version)
-    # One that died between its snapshot and its last push has left slides behind, whatever the versions say.
-    pushed_before = old if old is not None and old.about.get("settled") and version == before else None
-    pushed = _push(services, project, lesson, snapshot, pushed_before, version, progress)
+    # One that died before its last push has left slides behind, perhaps even before its snapshot: heads in use may be newer than that.
+    settled = old is not None and old.about.get("settled") and old.about["version"] == before == version
+    pushed = _push(services, project, lesson, snapshot, old if settled else None, version, progress)
     write_snapshot(
         replace(snapshot, about={**snapshot.about, "settled": True}), services.versions.snapshot_file(project)
     )
@@ -184,7 +192,7 @@ def _settle(
     report = TrainingReport(
         project=project,
         version=version,
-        previous=before,
+        previous=before if old is None else str(old.about["version"]),
         heads=snapshot.about["heads"],
         too_few=snapshot.about["too_few"],
         issues=snapshot.about["issues"],
@@ -204,17 +212,30 @@ def _settle(
 # --- fitting --------------------------------------------------------------------------------------------------------
 
 
+def _still_too_few(old: ProjectSnapshot | None, heads: HeadSet | None) -> Sequence[Mapping[str, Any]]:
+    """What the last training missed, less what ``heads`` have."""
+    known = {} if heads is None else heads.heads
+    return [few for few in (old.about["too_few"] if old is not None else ()) if few["control"] not in known]
+
+
 def _heads(
-    services: Services, project: int, lesson: Lesson, teacher: Teacher, progress: Progress
-) -> tuple[HeadSet | None, list[dict[str, Any]]]:
-    """The heads in use after this training, and what is missing for others."""
-    registry, versions = services.versions.registry, services.versions
+    services: Services,
+    project: int,
+    lesson: Lesson,
+    teacher: Teacher,
+    current: HeadSet | HeadDamaged | None,
+    old: ProjectSnapshot | None,
+    progress: Progress,
+) -> tuple[HeadSet | None, Sequence[Mapping[str, Any]]]:
+    """The heads in use after this training, and what is missing for others; ``current`` and ``old`` are what was there before it."""
+    registry = services.versions.registry
     digest = lesson.digest(services.model.fingerprint)
-    current, old = versions.heads(project), versions.snapshot(project)
-    if current is not None and old is not None:
+    if isinstance(current, HeadSet):
         manifest = next((info.manifest for info in registry.versions(project) if info.current), {})
-        if manifest.get("digest") == digest:
-            return current, list(old.about["too_few"])  # nothing that they depend on has changed
+        # The snapshot may be older than the heads, where a training died between the two.
+        known = manifest.get("too_few", old.about["too_few"] if old is not None else None)
+        if manifest.get("digest") == digest and known is not None:
+            return current, list(known)  # nothing that they depend on has changed
     heads: list[Head] = []
     too_few: list[dict[str, Any]] = []
     progress("fit", 0, len(lesson.targets))
@@ -227,8 +248,14 @@ def _heads(
             log.info("project=%d %s", project, fitted.message)
         progress("fit", done, len(lesson.targets))
     if heads:
-        about = {"digest": digest}
+        about = {"digest": digest, "too_few": too_few}
         return registry.add(project, heads, model_version=services.model.model_version, about=about), too_few
+    if current is not None and lesson.unplaced:
+        # Nobody has taken these labels back: it is slides or results that are not there, as on a disk that is not mounted.
+        log.warning("project=%d: %d annotated slides are not there; its heads stay", project, len(lesson.unplaced))
+        if isinstance(current, HeadDamaged):
+            raise current
+        return current, too_few
     if current is not None:
         registry.retire(project)
         log.info("project=%d has too few labels left: its heads are not used any more", project)
@@ -268,7 +295,6 @@ def _snapshot(
     config: LabelingConfig,
     heads: HeadSet | None,
     too_few: Sequence[Mapping[str, Any]],
-    chosen_for: str,
 ) -> ProjectSnapshot:
     n = len(lesson.slides)
     confidence: Float64Array = np.full(n, np.nan)
@@ -297,7 +323,6 @@ def _snapshot(
         "too_few": [dict(few) for few in too_few],
         "issues": [issue.as_dict() for issue in lesson.issues[:_ISSUES_KEPT]],
         "unanalysed": lesson.unanalysed,
-        "chosen_for": chosen_for,
     }
     return ProjectSnapshot(
         about=about,

@@ -1,4 +1,14 @@
-"""Which model version a project is at: that of the model, or of the heads trained for the project on top of it."""
+"""Which model version a project is at: that of the model, or of the heads trained for the project on top of it.
+
+Two things can be wrong with heads that are in use, and neither makes a project one without heads:
+
+- They cannot be read *now*: too many open files, a network disk that is away. Everything here raises
+  :class:`~backend.errors.StoreUnavailable`, which is tried again; nothing is remembered of the attempt.
+- They are *damaged*. :meth:`ProjectVersions.in_use` raises :class:`~backend.errors.HeadDamaged`: for whatever would replace or delete better
+  predictions on the strength of it. :meth:`ProjectVersions.heads` says so in the log and gives ``None``, so that slides can be shown and
+  pre-labelled without heads, and :meth:`ProjectVersions.version` stays what it was, so that Label Studio goes on showing what those heads said. The
+  next training makes new ones.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +22,7 @@ from typing import Generic, TypeVar
 
 from backend.errors import HeadDamaged
 from backend.inference.checkpoint import ModelIdentity
+from backend.learning.disk import NO_FILE, disk
 from backend.learning.registry import HeadRegistry, HeadSet
 from backend.learning.snapshot import FILE_NAME, ProjectSnapshot, read_snapshot
 
@@ -34,35 +45,45 @@ def model_of(version: str) -> str:
 
 
 class _Remembered(Generic[T]):
-    """What was read from a file, for as long as the file stays the same."""
+    """What was read from a file, for as long as the file stays the same. Errors are not remembered: what lies beside the file may be put right."""
 
     def __init__(self, read: Callable[[int], T | None]) -> None:
         self._read = read
         self._kept: OrderedDict[int, tuple[object, T | None]] = OrderedDict()
+        self._told: dict[int, str] = {}
         self._lock = threading.Lock()
 
     def get(self, project: int, file: Path) -> T | None:
-        """The value; ``None`` without a file, and (with an error in the log, once) for one that cannot be read."""
+        """The value, ``None`` without a file; raises :class:`HeadDamaged` and :class:`~backend.errors.StoreUnavailable`."""
         try:
-            status = file.stat()
-        except FileNotFoundError:
+            with disk(f"{file.name} of project {project}"):
+                status = file.stat()
+        except NO_FILE:
             return None
         stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
         with self._lock:
             if project in self._kept and self._kept[project][0] == stamp:
                 self._kept.move_to_end(project)
                 return self._kept[project][1]
-        try:
-            value = self._read(project)
-        except HeadDamaged as error:
-            # Slides are pre-labelled without heads rather than not at all; training writes what is damaged anew.
-            log.error("project %d: %s Going on without its heads.", project, error)
-            value = None
+        value = self._read(project)
         with self._lock:
+            self._told.pop(project, None)
             self._kept[project] = (stamp, value)
             while len(self._kept) > _REMEMBERED:
                 self._kept.popitem(last=False)
         return value
+
+    def undamaged(self, project: int, file: Path) -> T | None:
+        """As :meth:`get`; ``None``, with an error in the log for each new damage, where that raises :class:`HeadDamaged`."""
+        try:
+            return self.get(project, file)
+        except HeadDamaged as error:
+            with self._lock:
+                told = self._told.get(project) == str(error)
+                self._told[project] = str(error)
+            if not told:
+                log.error("project %d: %s Going on without.", project, error)
+            return None
 
 
 class ProjectVersions:
@@ -83,13 +104,28 @@ class ProjectVersions:
         self._heads = _Remembered(lambda project: self.registry.current(project, fingerprint=model.fingerprint))
         self._snapshots = _Remembered(lambda project: read_snapshot(self.snapshot_file(project)))
 
+    def in_use(self, project: int | None) -> HeadSet | None:
+        """The heads that a project uses; ``None`` if it uses none.
+
+        Raises
+        ------
+        HeadDamaged
+            It uses some, and they are damaged.
+        """
+        return None if project is None else self._heads.get(project, self._pointer(project))
+
     def heads(self, project: int | None) -> HeadSet | None:
-        """The heads that a project uses; ``None`` if it has none, or if they cannot be read."""
-        return None if project is None else self._heads.get(project, self._root / str(project) / "current.json")
+        """As :meth:`in_use`; ``None`` for damaged ones too."""
+        return None if project is None else self._heads.undamaged(project, self._pointer(project))
 
     def version(self, project: int | None) -> str:
-        """What Label Studio is to show and compare, such as ``wsc-3f2a1c`` or ``wsc-3f2a1c-h4``."""
-        heads = self.heads(project)
+        """What Label Studio is to show and compare, such as ``wsc-3f2a1c`` or ``wsc-3f2a1c-h4``; of damaged heads what the last training said."""
+        try:
+            heads = self.in_use(project)
+        except HeadDamaged:
+            self.heads(project)  # says it in the log
+            snapshot = self.snapshot(project)
+            return self._model.model_version if snapshot is None else str(snapshot.about["version"])
         return self._model.model_version if heads is None else heads.version
 
     def versions(self, project: int | None = None) -> list[str]:
@@ -104,15 +140,20 @@ class ProjectVersions:
 
     def projects(self) -> list[int]:
         """The projects that heads or ranks are stored for."""
-        if not self._root.is_dir():
+        try:
+            with disk("The folder of all heads"):
+                return [int(path.name) for path in self._root.iterdir() if path.name.isdecimal()]
+        except NO_FILE:
             return []
-        return [int(path.name) for path in self._root.iterdir() if path.name.isdecimal()]
 
     def snapshot_file(self, project: int) -> Path:
         """Where :class:`~backend.learning.snapshot.ProjectSnapshot` of a project lies."""
         return self._root / str(project) / FILE_NAME
 
     def snapshot(self, project: int | None) -> ProjectSnapshot | None:
-        """What the last training found out about the project's slides; ``None`` if there was none with this model."""
-        found = None if project is None else self._snapshots.get(project, self.snapshot_file(project))
+        """What the last training found out about the project's slides; ``None`` if there was none with this model, or it is damaged."""
+        found = None if project is None else self._snapshots.undamaged(project, self.snapshot_file(project))
         return None if found is None or found.about.get("fingerprint") != self._model.fingerprint else found
+
+    def _pointer(self, project: int) -> Path:
+        return self._root / str(project) / "current.json"

@@ -17,11 +17,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from backend.errors import HeadDamaged
+from backend.learning.disk import NO_FILE, disk
 from backend.learning.heads import Float64Array, Head, Spread
 
 FORMAT_VERSION = 1
 MANIFEST, ARRAYS = "heads.json", "arrays.safetensors"
 _ARRAYS = ("mean", "scale", "coef", "intercept", "temperature", "bias")
+# What JSON, safetensors and our own checks find wrong with contents.
+_WRONG = (ValueError, LookupError, TypeError, AttributeError, RecursionError, SafetensorError)
 _FIELDS = ("control", "level", "kind", "calibrated", "n_labels", "fingerprint", "tolerance")
 
 
@@ -60,11 +63,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     ------
     HeadDamaged
         It is missing, not JSON, or of another format version.
+    StoreUnavailable
+        It cannot be opened or read now, which is no damage.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        with disk(_name(folder)):
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
         version = manifest["format_version"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (*NO_FILE, *_WRONG) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
     if version != FORMAT_VERSION:
         raise _damaged(folder, f"format version {version!r}, this release reads {FORMAT_VERSION}")
@@ -79,15 +86,18 @@ def read_heads(folder: Path) -> tuple[list[Head], dict[str, Any]]:
     ------
     HeadDamaged
         A file is missing, or is not what :func:`write_heads` wrote.
+    StoreUnavailable
+        A file cannot be opened or read now.
     """
     manifest = read_manifest(folder)
     try:
-        data = (folder / ARRAYS).read_bytes()
+        with disk(_name(folder)):
+            data = (folder / ARRAYS).read_bytes()
         if hashlib.sha256(data).hexdigest() != manifest["arrays_sha256"]:
             raise ValueError("the arrays do not match their checksum")
         arrays = load(data)
         return [_head(i, entry, arrays) for i, entry in enumerate(manifest["heads"])], manifest
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*NO_FILE, *_WRONG) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error
 
 
@@ -114,7 +124,9 @@ def _head(i: int, entry: Mapping[str, Any], arrays: Mapping[str, Float64Array]) 
     return head
 
 
+def _name(folder: Path) -> str:
+    return f"The heads in {folder.parent.name}/{folder.name}"
+
+
 def _damaged(folder: Path, why: str) -> HeadDamaged:
-    return HeadDamaged(
-        f"The heads in {folder.name} cannot be read: {why}.", hint="Restore another version, or train again."
-    )
+    return HeadDamaged(f"{_name(folder)} cannot be read: {why}.", hint="Restore another version, or train again.")

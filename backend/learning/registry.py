@@ -4,11 +4,13 @@
 
     heads/<project>/
         h0004/            heads.json and arrays.safetensors: written under a hidden name, flushed, renamed; never changed again
-        current.json      which number is in use: replaced by a rename
+        current.json      which number is in use, and whether somebody chose it: replaced by a rename
         .lock             held (flock) by whoever writes; readers need no lock
 
 A number is never used twice: the next one is above all folders and above the highest ever given, which ``current.json`` remembers. A crash leaves at
 most a hidden folder, which the next writer removes.
+
+Every method raises :class:`~backend.errors.StoreUnavailable` where the disk refuses to be read or written now: that is no damage, and passes.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import HeadDamaged, HeadMismatch, HeadNotFound
+from backend.learning.disk import NO_FILE, disk
 from backend.learning.head_files import read_heads, read_manifest, write_heads
 from backend.learning.heads import Head
 
@@ -143,6 +146,17 @@ class HeadRegistry:
         found = self._load(project, pointer["number"])
         return None if fingerprint is not None and found.fingerprint != fingerprint else found
 
+    def chosen_for(self, project: int) -> str:
+        """What :meth:`restore` or :meth:`retire` was told that it was chosen for; '' for what a training put in use.
+
+        Raises
+        ------
+        HeadDamaged
+            ``current.json`` cannot be read.
+        """
+        pointer = self._pointer(self._folder(project))
+        return "" if pointer is None else str(pointer.get("chosen_for", ""))
+
     def load(self, project: int, version: str) -> HeadSet:
         """The heads of a version, in use or not; :class:`~backend.errors.HeadNotFound` if there is no such version."""
         return self._load(project, self._number(project, version))
@@ -164,8 +178,10 @@ class HeadRegistry:
             found.append(VersionInfo(version, number, model_version, fingerprint, created, number == in_use, manifest))
         return found
 
-    def restore(self, project: int, version: str, *, fingerprint: str | None = None) -> HeadSet:
+    def restore(self, project: int, version: str, *, fingerprint: str | None = None, chosen_for: str = "") -> HeadSet:
         """Put a stored version in use again, after reading it whole.
+
+        ``chosen_for`` is written down with it, in the same step: see :meth:`chosen_for`.
 
         Raises
         ------
@@ -182,13 +198,13 @@ class HeadRegistry:
                 hint="Configure that model again, or train.",
             )
         with self._locked(project) as folder:
-            self._point(folder, number, self._highest(folder))
+            self._point(folder, number, self._highest(folder), chosen_for)
         return found
 
-    def retire(self, project: int) -> None:
-        """Use no heads, for example when every label was deleted; stored versions stay."""
+    def retire(self, project: int, *, chosen_for: str = "") -> None:
+        """Use no heads, for example when every label was deleted; stored versions stay. ``chosen_for`` as of :meth:`restore`."""
         with self._locked(project) as folder:
-            self._point(folder, None, self._highest(folder))
+            self._point(folder, None, self._highest(folder), chosen_for)
 
     # --- files ------------------------------------------------------------------------------------------------------
 
@@ -200,21 +216,25 @@ class HeadRegistry:
     @contextmanager
     def _locked(self, project: int) -> Iterator[Path]:
         folder = self._folder(project)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / ".lock").open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # freed with the file, also when the process dies
-            for left in folder.glob(f"{_HIDDEN}*"):
-                # Nobody else writes now: this is what a crash left.
-                if left.is_dir():
-                    shutil.rmtree(left)
-                else:
-                    left.unlink()
-            yield folder
+        with disk(_heads_of(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / ".lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # freed with the file, also when the process dies
+                for left in folder.glob(f"{_HIDDEN}*"):
+                    # Nobody else writes now: this is what a crash left.
+                    if left.is_dir():
+                        shutil.rmtree(left)
+                    else:
+                        left.unlink()
+                yield folder
 
     def _numbers(self, folder: Path) -> list[int]:
-        if not folder.is_dir():
+        try:
+            with disk(_heads_of(folder)):
+                names = [path.name for path in folder.iterdir()]
+        except NO_FILE:
             return []
-        return [int(match.group(1)) for path in folder.iterdir() if (match := _FOLDER.fullmatch(path.name))]
+        return [int(match.group(1)) for name in names if (match := _FOLDER.fullmatch(name))]
 
     def _highest(self, folder: Path) -> int:
         try:
@@ -231,8 +251,8 @@ class HeadRegistry:
     def _number(self, project: int, version: str) -> int:
         match = _VERSION.fullmatch(version)
         number = int(match["number"]) if match else 0
-        folder = self._folder(project) / _name(number)
-        if not match or not folder.is_dir() or read_manifest(folder).get("version") != version:
+        folder = self._folder(project)
+        if number not in self._numbers(folder) or read_manifest(folder / _name(number)).get("version") != version:
             known = ", ".join(info.version for info in self.versions(project)) or "none"
             raise HeadNotFound(f"Project {project} has no version {version[:80]!r}.", hint=f"Stored: {known}.")
         return number
@@ -249,22 +269,29 @@ class HeadRegistry:
 
     def _pointer(self, folder: Path) -> dict[str, Any] | None:
         try:
-            pointer: dict[str, Any] = json.loads((folder / "current.json").read_text(encoding="utf-8"))
+            with disk(f"current.json of project {folder.name}"):
+                text = (folder / "current.json").read_text(encoding="utf-8")
+            pointer: dict[str, Any] = json.loads(text)
             number, highest = pointer["number"], pointer["highest"]
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (*NO_FILE, ValueError, LookupError, TypeError, RecursionError) as error:
             raise HeadDamaged(f"current.json of project {folder.name} cannot be read: {error}.") from error
         if not isinstance(highest, int) or not (number is None or isinstance(number, int)):
             raise HeadDamaged(f"current.json of project {folder.name} holds {pointer!r:.80}.")
         return pointer
 
-    def _point(self, folder: Path, number: int | None, highest: int) -> None:
+    def _point(self, folder: Path, number: int | None, highest: int, chosen_for: str = "") -> None:
         hidden = folder / f"{_HIDDEN}{uuid.uuid4().hex}"
-        hidden.write_text(json.dumps({"number": number, "highest": highest}), encoding="utf-8")
+        pointer = {"number": number, "highest": highest, "chosen_for": chosen_for}
+        hidden.write_text(json.dumps(pointer), encoding="utf-8")
         _flush(hidden)
         hidden.replace(folder / "current.json")
         _flush(folder)
+
+
+def _heads_of(folder: Path) -> str:
+    return f"The folder of project {folder.name}'s heads"
 
 
 def _name(number: int) -> str:

@@ -6,10 +6,16 @@ publishing processes read it, to say which labelled slides are like the one that
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
+import struct
+import time
 import uuid
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,11 +26,29 @@ import numpy as np
 
 from backend.errors import HeadDamaged
 from backend.learning.acquisition import nearest_labelled
+from backend.learning.disk import disk
 from backend.learning.heads import AnyFloatArray, Float32Array, Float64Array
 
 FILE_NAME = "slides.npz"
 _FORMAT = 1
 _ARRAYS = ("tasks", "confidence", "priority", "novelty", "cluster", "labelled", "embeddings")
+
+_HIDDEN = re.compile(rf"\.{re.escape(FILE_NAME)}\.[0-9a-f]{{32}}")
+_ABANDONED_S = 86_400.0
+"""No writer takes a day: a temporary file of that age belongs to one that was killed."""
+# What zipfile, NumPy and JSON find wrong with contents; a job's time limit is none of these.
+_WRONG = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    zipfile.BadZipFile,
+)
 
 Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -133,21 +157,37 @@ def words(value: Any) -> str:
 
 
 def write_snapshot(snapshot: ProjectSnapshot, path: Path) -> None:
-    """Put ``snapshot`` in place of what is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Put ``snapshot`` in place of what is there, and remove what killed writers left.
+
+    Raises
+    ------
+    StoreUnavailable
+        The disk is full, or may not be written to; what was there still is.
+    """
     names = ("keys", "names", "labels", "suggestions")
     texts = {name: [dict(v) if isinstance(v, Mapping) else v for v in getattr(snapshot, name)] for name in names}
     head = json.dumps({"format": _FORMAT, "about": dict(snapshot.about), **texts})
-    hidden = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with hidden.open("wb") as file:
-            arrays = {name: getattr(snapshot, name) for name in _ARRAYS}
-            np.savez(file, head=np.frombuffer(head.encode(), dtype=np.uint8), **arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        hidden.replace(path)
-    finally:
-        hidden.unlink(missing_ok=True)
+    hidden = path.with_name(f".{FILE_NAME}.{uuid.uuid4().hex}")
+    with disk(_name(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path.parent)  # first: they may be what fills the disk
+        try:
+            with hidden.open("wb") as file:
+                arrays = {name: getattr(snapshot, name) for name in _ARRAYS}
+                np.savez(file, head=np.frombuffer(head.encode(), dtype=np.uint8), **arrays)
+                file.flush()
+                os.fsync(file.fileno())
+            hidden.replace(path)
+        finally:
+            hidden.unlink(missing_ok=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if _HIDDEN.fullmatch(entry.name):
+            with contextlib.suppress(FileNotFoundError):  # another writer has just finished, or removed it
+                if time.time() - entry.stat().st_mtime > _ABANDONED_S:
+                    entry.unlink()
 
 
 def read_snapshot(path: Path) -> ProjectSnapshot | None:
@@ -157,10 +197,14 @@ def read_snapshot(path: Path) -> ProjectSnapshot | None:
     ------
     HeadDamaged
         The file is something else.
+    StoreUnavailable
+        It cannot be opened or read now, which is no damage.
     """
     try:
-        # Opened here, because NumPy leaves a damaged file that it opened itself open.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+        # Read whole before it is understood: NumPy and zipfile raise the system's errors for contents that are wrong, too.
+        with disk(_name(path)):
+            data = path.read_bytes()
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
             head = json.loads(file["head"].tobytes().decode())
             if head["format"] != _FORMAT:
                 raise ValueError(f"format {head['format']}, this release reads {_FORMAT}")
@@ -169,5 +213,9 @@ def read_snapshot(path: Path) -> ProjectSnapshot | None:
             return ProjectSnapshot(about=head["about"], **texts, **arrays)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise HeadDamaged(f"{path.name} of project {path.parent.name} cannot be read: {error}.") from error
+    except (OSError, *_WRONG) as error:
+        raise HeadDamaged(f"{_name(path)} cannot be read: {error}.") from error
+
+
+def _name(path: Path) -> str:
+    return f"{path.name} of project {path.parent.name}"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from unwilling_disk import no_file_can_be_opened
 
-from backend.errors import HeadDamaged, HeadMismatch, HeadNotFound
+from backend.errors import BackendError, HeadDamaged, HeadMismatch, HeadNotFound, StoreUnavailable
 from backend.learning.heads import Head, predict
 from backend.learning.registry import HeadRegistry
 from backend.learning.training import fit_choice_head, fit_choices_head, fit_number_head
@@ -167,6 +168,56 @@ def test_damage_is_named_and_training_again_mends_it(tmp_path: Path, name: str, 
     current = registry.current(1)
     assert current is not None
     assert current.number == 2
+
+
+def test_heads_that_cannot_be_opened_now_are_not_damaged(tmp_path: Path) -> None:
+    registry = HeadRegistry(tmp_path)
+    head = choice_head()
+    registry.add(1, [head], model_version=MODEL)
+    asked = (
+        lambda: registry.current(1),
+        lambda: registry.load(1, "wsc-3f2a1c-h1"),
+        lambda: registry.versions(1),
+        lambda: registry.add(1, [head], model_version=MODEL),
+        lambda: registry.retire(1),
+    )
+    for ask in asked:
+        said: BackendError | OSError | None = None
+        with no_file_can_be_opened():
+            try:
+                ask()
+            except (BackendError, OSError) as error:
+                said = error
+        assert isinstance(said, StoreUnavailable) and said.retryable
+        assert "Too many open files" in said.message and "ulimit" in said.hint
+    current = registry.current(1)
+    assert current is not None and current.number == 1, "nothing has changed"
+
+
+@pytest.mark.parametrize("name", ["heads.json", "arrays.safetensors"])
+def test_a_file_that_leads_nowhere_stops_a_list_of_versions_instead_of_shortening_it(tmp_path: Path, name: str) -> None:
+    registry = HeadRegistry(tmp_path)
+    registry.add(1, [choice_head()], model_version=MODEL)
+    path = tmp_path / "1" / "h0001" / name
+    path.unlink()
+    path.symlink_to(path)  # the system refuses to open it, whoever asks
+    with pytest.raises(StoreUnavailable):
+        registry.current(1)
+    if name == "heads.json":
+        with pytest.raises(StoreUnavailable):
+            registry.versions(1)
+
+
+def test_what_somebody_chose_is_known_until_a_training_replaces_it(tmp_path: Path) -> None:
+    registry = HeadRegistry(tmp_path)
+    assert registry.chosen_for(1) == ""
+    registry.add(1, [choice_head()], model_version=MODEL)
+    registry.retire(1, chosen_for="these labels")
+    assert registry.chosen_for(1) == "these labels"
+    registry.restore(1, "wsc-3f2a1c-h1", chosen_for="those labels")
+    assert registry.chosen_for(1) == "those labels"
+    registry.add(1, [choice_head()], model_version=MODEL)
+    assert registry.chosen_for(1) == ""
 
 
 def _add_some(root: str, n: int) -> None:
