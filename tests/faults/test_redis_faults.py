@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 from fault_rig import Parts, Rig, assert_none_lost, eventually
 from redis import Redis
+from redis_rig import OwnRedis, RedisProxy
 from reliability_report import record
 
 
@@ -127,6 +128,29 @@ def test_redis_is_slow(parts: Parts) -> None:
         tally = rig.settle("slow-a", "slow-b")
     assert_none_lost(tally, rig)
     record("faults", "Redis slow: 50 ms more for each message", **tally.counts())
+
+
+@pytest.mark.faults_long
+def test_redis_takes_two_seconds_for_every_command(make_rig: Callable[..., Rig], own_redis: OwnRedis) -> None:
+    """With the default heartbeat: nobody is taken for dead, and all is done, slowly."""
+    proxy = RedisProxy(own_redis.port)
+    rig = make_rig(redis_url=proxy.url, heartbeat_ttl_s=45)
+    try:
+        rig.serve()
+        rig.pool()
+        rig.ask("quick")
+        assert_none_lost(rig.settle("quick"), rig)
+        with proxy.slow(2.0):
+            assert rig.ask("slow").status_code == 200
+            eventually(lambda: rig.services.store.has(rig.key("slow")), "it is computed", 240)
+            eventually(lambda: rig.studio.of(rig.task("slow")), "it is pushed", 240)
+        tally = rig.settle("slow")
+        assert_none_lost(tally, rig)
+        assert rig.runs("slow") == 1
+        record("faults", "Redis slow: 2 s more for each command", **tally.counts())
+    finally:
+        rig.close()
+        proxy.stop()
 
 
 def cut_now_and_then(parts: Parts, names: list[str], share: float, seed: int) -> None:
