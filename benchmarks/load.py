@@ -49,6 +49,7 @@ class Load:
         self.port, self.services, self.studio, self.slides, self.stored = port, services, label_studio, slides, stored
         self.signer = SlideSigner(services.settings.model_dir)
         self.errors: Counter[str] = Counter()
+        self.first_error = ""
         self.fresh = 0
         self.tasks = 0
 
@@ -60,9 +61,10 @@ class Load:
             text = None if body is None else json.dumps(body)
             connection.request(method, path, text, {"Content-Type": "application/json", **(headers or {})})
             answer = connection.getresponse()
-            answer.read()
+            text = answer.read().decode(errors="replace")
             if not 200 <= answer.status < 300:
                 self.errors[f"{path} {answer.status}"] += 1
+                self.first_error = self.first_error or f"{path} {answer.status}: {text[:300]}"
         except OSError as error:
             self.errors[f"{path} {type(error).__name__}"] += 1
         finally:
@@ -231,7 +233,7 @@ def everything(load: Load, repeats: int, retrieve: int) -> dict[str, dict[str, A
             "queue_drained": str(drained).lower(),
             "predictions_pushed": len(load.studio.predictions),
             "doubled": doubled,
-            **({"first_error": next(iter(load.errors))} if load.errors else {}),
+            **({"first_error": load.first_error or next(iter(load.errors))} if load.errors else {}),
         },
         "memory, second round to last (MiB)": growth,
         f"slides/s lost while {PANELS} panels watch": {

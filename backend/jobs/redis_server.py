@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 START_TIMEOUT_S = 30.0
 """How long a server may take to answer, loading its append-only file included."""
 STOP_TIMEOUT_S = 10.0
+MAX_CONNECTIONS = 1000
+"""More than a process has threads that may ask at once. The client's own limit is 100, beyond which it refuses rather than waits."""
 SUPERVISE_EVERY_S = 1.0
 RESTART_PAUSE_S = 5.0
 
@@ -128,6 +130,7 @@ def _client(url: str, timeout_s: float) -> Redis:
             socket_timeout=timeout_s,
             socket_connect_timeout=1.0,
             health_check_interval=15,
+            max_connections=MAX_CONNECTIONS,
             # One quick second try: Label Studio waits a second for /health, so a dead Redis must be noticed at once.
             retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), 1),
         )

@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,10 @@ def test_an_address_that_is_no_redis_url_is_a_bad_setting(tmp_path: Path) -> Non
     with pytest.raises(SettingsError, match="REDIS_URL") as caught:
         connect(Settings(model_dir=tmp_path, redis_url="http://me:geheim@localhost"))
     assert "geheim" not in str(caught.value)
+
+
+def test_more_threads_than_the_client_likes_may_ask_at_once(tmp_path: Path) -> None:
+    settings = Settings(model_dir=tmp_path)
+    with EmbeddedRedis(tmp_path), connect(settings) as redis, ThreadPoolExecutor(200) as threads:
+        answers = list(threads.map(lambda _: redis.blpop(["nothing"], timeout=2), range(200)))
+    assert answers == [None] * 200, "each had a connection of its own for two seconds"
