@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor, nn
 
-from backend.errors import BlockBroken, CheckpointUnreadable, DeviceUnavailable, LicenceNotAccepted
+from backend.errors import BlockBroken, CheckpointRefused, CheckpointUnreadable, DeviceUnavailable, LicenceNotAccepted
+from backend.inference.bounded_zip import checked_zip, unpack
 from backend.inference.checkpoint import MMM_MODELS, WSC, check_pin, file_sha256, locate
 from backend.inference.pooling import AttentionGrouper
 from backend.settings import licence_accepted
@@ -26,7 +28,6 @@ __all__ = ["BLOCKS", "MMM_MODELS", "WSC", "NativeBlocks"]
 
 BLOCKS = ("encoder", "squeezer", "grouper")
 _PROBE_TILE_PX = 224  # the tile size that the encoder was trained on
-_MAX_BLOCK_BYTES = 16 * 2**30
 
 
 class NativeBlocks(Mapping[str, nn.Module]):
@@ -57,7 +58,8 @@ class NativeBlocks(Mapping[str, nn.Module]):
     CheckpointUnreadable
         No such file, no zip, or another SHA-256 than the pinned one.
     CheckpointRefused
-        A pickle in it names what a model does not need.
+        A pickle in it names what a model does not need, or the zip is put together as a bomb is: see
+        :mod:`~backend.inference.bounded_zip` for the limits.
     BlockBroken
         A block is missing, cannot be rebuilt, or does not fit the others; the message names it.
     DeviceUnavailable
@@ -157,33 +159,37 @@ def _checked_device(identifier: str) -> torch.device:
     return device
 
 
-def _read_blocks(path: Path) -> dict[str, nn.Module]:
-    from backend.inference.unpickling import load_block
-
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {Path(info.filename).name: info for info in archive.infolist() if not info.is_dir()}
-            missing = [block for block in BLOCKS if f"{block}.pt" not in entries]
-            # Look at every block that is there before anything is said of what is not: a hostile file is named as such.
-            blocks = {}
-            for block in BLOCKS:
-                if block in missing:
-                    continue
-                info = entries[f"{block}.pt"]
-                if info.file_size > _MAX_BLOCK_BYTES:
-                    raise BlockBroken(f"Block {block!r} would unpack to {info.file_size / 2**30:.0f} GiB.")
-                try:
-                    data = archive.read(info)
-                except (zipfile.BadZipFile, EOFError, OSError) as error:
-                    raise BlockBroken(
-                        f"Block {block!r} is damaged inside the zip: {error}.", hint="Download it again."
-                    ) from error
-                blocks[block] = load_block(data, block)
+        with checked_zip(path, path.name) as archive:
+            yield archive
     except zipfile.BadZipFile as error:
         raise CheckpointUnreadable(
             f"{path.name} is not a zip file of blocks: {error}.",
             hint="MODEL must be the zip as published; download it again.",
         ) from error
+
+
+def _read_blocks(path: Path) -> dict[str, nn.Module]:
+    from backend.inference.unpickling import load_block
+
+    with _opened(path) as archive:
+        entries: dict[str, zipfile.ZipInfo] = {}
+        for info in archive.infolist():
+            name = PurePosixPath(info.filename).name
+            if not info.is_dir() and entries.setdefault(name, info) is not info and name.removesuffix(".pt") in BLOCKS:
+                raise CheckpointRefused(
+                    f"Block {name.removesuffix('.pt')!r} is there twice, as {entries[name].filename!r:.60} and {info.filename!r:.60}.",
+                    hint="A Whole Slide Concepts checkpoint has each block once; get it from its publisher again.",
+                )
+        missing = [block for block in BLOCKS if f"{block}.pt" not in entries]
+        # Look at every block that is there before anything is said of what is not: a hostile file is named as such.
+        blocks = {
+            block: load_block(unpack(archive, entries[f"{block}.pt"], block), block)
+            for block in BLOCKS
+            if block not in missing
+        }
     if missing:
         raise BlockBroken(
             f"Block {', '.join(map(repr, missing))} is missing in {path.name}, which holds: {', '.join(sorted(entries)) or 'nothing'}.",

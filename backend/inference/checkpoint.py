@@ -19,7 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from backend.errors import CheckpointUnreadable
+from backend.errors import CheckpointRefused, CheckpointUnreadable
+from backend.inference.bounded_zip import checked_zip
 from backend.results.bag import digest
 from backend.settings import Settings
 
@@ -90,9 +91,9 @@ def model_identity(settings: Settings) -> ModelIdentity:
 def is_stand_in(path: Path) -> bool:
     """Whether a checkpoint is the stand-in model, wherever it was copied to: it carries a marker."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with checked_zip(path, path.name) as archive:
             return STAND_IN_MARKER in archive.namelist()
-    except (zipfile.BadZipFile, OSError):
+    except (zipfile.BadZipFile, CheckpointRefused):
         return False  # what is wrong with it is said where it is loaded
 
 

@@ -7,11 +7,12 @@ A block is a pickled ``nn.Module``. Unpickling runs whatever the file names, so 
 - what a name stands for is never handed to the file: it gets an inert token, good for making an object and for nothing else;
 - objects are made without their constructors, as genuine files do. The only calls are: rebuilding tensors and parameters from checked
   arguments, ``OrderedDict``, ``set``, ``torch.Size``, ``torch.device``, enum members, and a class nested in an allowed class;
-- state is set only by the *class's* own ``__setstate__``, and only if it hides no method or property, registers no hook and
-  names its submodules plainly; items are added to lists, dicts and sets only.
+- state is set once, by the *class's* own ``__setstate__``, and only if it follows the rules of
+  :mod:`~backend.inference.block_rules`, which the finished block must follow too; items are added to lists, dicts and sets only.
 
 It is the pure-Python unpickler of the standard library, whose opcodes can be overridden. The pickle holds the structure
-only (weights lie beside it), so its speed does not matter.
+only (weights lie beside it), so its speed does not matter. The weights are not read by torch either: they are where the zip's
+directory says, stored plainly, and a tensor may not reach beyond its own.
 """
 
 from __future__ import annotations
@@ -19,20 +20,31 @@ from __future__ import annotations
 import enum
 import importlib
 import io
+import mmap
 import pickle
-import re
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel
 from torch import nn
 
 from backend.errors import BlockBroken, CheckpointRefused
+from backend.inference.block_records import STORAGE_TYPES, Records, Storage, StorageType
+from backend.inference.block_rules import (
+    ForbiddenError,
+    ModelClass,
+    check_finished,
+    check_key,
+    name_of,
+    refuse,
+    set_state,
+)
+from backend.inference.bounded_zip import checked_zip
 
 # Where a class of a block may be defined; a final dot stands for everything below. Importing anything else never happens. Of `mmm` and
 # torchvision only what WSC's blocks and their configs are made of: other modules trace code, start applications or touch files.
@@ -55,23 +67,6 @@ _ALLOWED_MODULES = (
     "mmm.neural.modules.swinformer",
     "mmm.neural.pooling",
 )
-_PLAIN_NAME = re.compile(r"\w+")
-_PYDANTIC_STATE = {"__dict__", "__pydantic_extra__", "__pydantic_fields_set__", "__pydantic_private__"}
-
-
-class _ForbiddenName(Exception):
-    """Raised inside the unpickler with what was refused."""
-
-
-def _refuse(what: str) -> NoReturn:
-    raise _ForbiddenName(what)
-
-
-@dataclass(frozen=True)
-class _ModelClass:
-    """A class of the model, as the file holds it: it can be asked for a new object or an enum member, and is nothing else."""
-
-    cls: type
 
 
 @dataclass(frozen=True)
@@ -89,56 +84,68 @@ def _rebuild_tensor(
     storage: Any, offset: Any, size: Any, stride: Any, requires_grad: Any, hooks: Any, metadata: Any = None
 ) -> torch.Tensor:
     whole = (offset, *size, *stride) if isinstance(size, tuple) and isinstance(stride, tuple) else (None,)
-    if not isinstance(storage, torch.storage.TypedStorage) or not all(type(n) is int and n >= 0 for n in whole):
-        _refuse("a tensor made of something else than a storage and whole numbers")
+    if not isinstance(storage, Storage) or not all(type(n) is int and n >= 0 for n in whole):
+        refuse("a tensor made of something else than a storage and whole numbers")
     if hooks or metadata:
-        _refuse("a tensor with hooks or metadata")
-    rebuilt: torch.Tensor = torch._utils._rebuild_tensor_v2(  # type: ignore[no-untyped-call]
-        storage, offset, size, stride, bool(requires_grad), OrderedDict()
-    )
-    return rebuilt
+        refuse("a tensor with hooks or metadata")
+    if len(size) != len(stride):
+        refuse("a tensor with other strides than sizes")
+    count, last = 1, offset
+    for n, step in zip(size, stride, strict=True):
+        count, last = count * n, last + (n - 1) * step
+    # A stride of 0 would let one number pass for any amount of them, until something copies the tensor.
+    if count > storage.numbers.numel() or (count and last >= storage.numbers.numel()):
+        refuse("a tensor that is larger than its storage")
+    rebuilt = storage.numbers.as_strided(size, stride, offset) if count else storage.numbers.new_empty(size)
+    return rebuilt.detach().requires_grad_(bool(requires_grad))
 
 
 def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any) -> nn.Parameter:
     if not isinstance(data, torch.Tensor) or hooks:
-        _refuse("a parameter made of something else than a tensor")
+        refuse("a parameter made of something else than a tensor")
     return nn.Parameter(data, requires_grad=bool(requires_grad))
 
 
 def _ordered_dict(*items: Any) -> OrderedDict[Any, Any]:
-    if len(items) > 1 or not all(isinstance(item, list) for item in items):
-        _refuse("an OrderedDict made of something else than a list")
+    if len(items) > 1 or not all(type(item) is list for item in items):
+        refuse("an OrderedDict made of something else than a list")
+    for pair in items[0] if items else ():
+        if type(pair) not in (list, tuple) or len(pair) != 2:
+            refuse("an OrderedDict made of something else than pairs")
+        check_key(pair[0])
     return OrderedDict(*items)
 
 
 def _set(*items: Any) -> set[Any]:
     if len(items) > 1 or not all(isinstance(item, (list, tuple)) for item in items):
-        _refuse("a set made of something else than a list")
+        refuse("a set made of something else than a list")
+    for item in items[0] if items else ():
+        check_key(item)
     return set(*items)
 
 
 def _size(numbers: Any = ()) -> torch.Size:
     if not isinstance(numbers, (list, tuple)) or not all(type(n) is int for n in numbers):
-        _refuse("a torch.Size made of something else than whole numbers")
+        refuse("a torch.Size made of something else than whole numbers")
     return torch.Size(numbers)
 
 
 def _device(*parts: Any) -> torch.device:
     if not all(type(part) in (str, int) for part in parts):
-        _refuse("a torch.device made of something else than its name")
+        refuse("a torch.device made of something else than its name")
     return torch.device(*parts)
 
 
 def _nested_class(owner: Any, name: Any) -> Any:
     """``getattr(owner, name)``, where that is a class (or enum member) defined inside an allowed class; else refused."""
-    if not isinstance(owner, _ModelClass) or not isinstance(name, str) or name.startswith("_"):
-        _refuse(f"getattr of {getattr(owner, 'name', type(owner).__name__)!r}")
+    if not isinstance(owner, ModelClass) or not isinstance(name, str) or name.startswith("_"):
+        refuse(f"getattr of {_name_of(owner)}")
     value = vars(owner.cls).get(name)
     if isinstance(value, enum.Enum):
         return value
-    if not isinstance(value, type) or not _is_model_class(value):
-        _refuse(f"{owner.cls.__module__}.{owner.cls.__qualname__}.{name}")
-    return _ModelClass(value)
+    if not isinstance(value, type) or not _is_model_class(value) or not _may_define(value.__module__):
+        refuse(f"{owner.cls.__module__}.{owner.cls.__qualname__}.{name}")
+    return ModelClass(value)
 
 
 _FUNCTIONS: dict[tuple[str, str], Callable[..., Any]] = {
@@ -163,51 +170,6 @@ def _may_define(module: str) -> bool:
     return any(module.startswith(name) if name.endswith(".") else module == name for name in _ALLOWED_MODULES)
 
 
-# --- what may be set -----------------------------------------------------------------------------------------------
-
-
-def _set_module_state(module: nn.Module, state: Any) -> None:
-    cls = type(module)
-    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        _refuse(f"a state of {cls.__name__} that is no dict of names")
-    for key, value in state.items():
-        hidden = getattr(cls, key, None)
-        if key.startswith("__") or callable(hidden) or hasattr(type(hidden), "__get__"):
-            _refuse(f"{cls.__module__}.{cls.__qualname__}.{key} hidden by a value of the file")
-        if "hook" in key and value not in (None, False, True) and len(value):
-            _refuse(f"hooks in {cls.__module__}.{cls.__qualname__}.{key}")
-    for group, kinds in (("_modules", nn.Module), ("_parameters", torch.Tensor), ("_buffers", torch.Tensor)):
-        members = state.get(group, {})
-        if not isinstance(members, dict):
-            _refuse(f"{cls.__qualname__}.{group} that is no dict")
-        for name, member in members.items():
-            if (
-                not isinstance(name, str)
-                or not _PLAIN_NAME.fullmatch(name)
-                or not isinstance(member, (kinds, type(None)))
-            ):
-                _refuse(f"{cls.__qualname__}.{group} with {name!r:.60}")
-            if callable(getattr(cls, name, None)):
-                _refuse(f"{cls.__module__}.{cls.__qualname__}.{name} hidden by a member of the file")
-    cls.__setstate__(module, state)  # type: ignore[no-untyped-call]
-
-
-def _set_config_state(config: BaseModel, state: Any) -> None:
-    cls = type(config)
-    if (
-        cls.__setstate__ is not BaseModel.__setstate__
-        or not isinstance(state, dict)
-        or not set(state) <= _PYDANTIC_STATE
-    ):
-        _refuse(f"a state that {cls.__module__}.{cls.__qualname__} does not have")
-    fields = state.get("__dict__")
-    if not isinstance(fields, Mapping) or not all(
-        isinstance(key, str) and not key.startswith("_") and not callable(getattr(cls, key, None)) for key in fields
-    ):
-        _refuse(f"fields that {cls.__module__}.{cls.__qualname__} does not have")
-    BaseModel.__setstate__(config, state)
-
-
 # --- the unpickler -------------------------------------------------------------------------------------------------
 
 _PythonUnpickler: Any = pickle._Unpickler
@@ -218,20 +180,35 @@ class BlockUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed does n
 
     dispatch: ClassVar[dict[int, Any]] = dict(_PythonUnpickler.dispatch)
 
+    def __init__(self, file: Any, storages: Callable[[str, torch.dtype, int], Storage]) -> None:
+        super().__init__(file)
+        self._storages = storages
+
+    def persistent_load(self, pid: Any) -> Storage:
+        """A storage that lies beside the pickle; the device that it was on does not matter."""
+        if type(pid) is not tuple or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[1], StorageType):
+            refuse("a reference to something else than a storage")
+        _, kind, key, _, numbers = pid
+        if type(key) is not str or type(numbers) is not int:
+            refuse("a storage without a name and a size")
+        return self._storages(key, kind.dtype, numbers)
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _FUNCTIONS:
             return _Function(f"{module}.{name}", _FUNCTIONS[module, name])
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if module == "torch" and name in STORAGE_TYPES:
+            return StorageType(STORAGE_TYPES[name])
         if not _may_define(module):
-            _refuse(f"{module}.{name}")
+            refuse(f"{module}.{name}")
         outer, *inner = name.split(".")
         # Only what is defined there: a module also holds what it imported (os, functions, other packages' classes).
         found = vars(sys.modules.get(module) or importlib.import_module(module)).get(outer)
         if not _is_model_class(found) or not _may_define(str(getattr(found, "__module__", ""))):
-            _refuse(f"{module}.{name}")
+            refuse(f"{module}.{name}")
         assert isinstance(found, type)
-        token: Any = _ModelClass(found)
+        token: Any = ModelClass(found)
         for part in inner:
             token = _nested_class(token, part)
         return token
@@ -240,42 +217,42 @@ class BlockUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed does n
         arguments = self.stack.pop()
         function = self.stack[-1]
         if not isinstance(arguments, tuple):
-            _refuse("a call without a list of arguments")
-        if isinstance(function, _ModelClass) and issubclass(function.cls, enum.Enum) and len(arguments) == 1:
+            refuse("a call without a list of arguments")
+        if isinstance(function, ModelClass) and issubclass(function.cls, enum.Enum) and len(arguments) == 1:
+            check_key(arguments[0])
             self.stack[-1] = function.cls(arguments[0])
         elif isinstance(function, _Function):
             self.stack[-1] = function.call(*arguments)
         else:
-            _refuse(f"a call of {_name_of(function)}")
+            refuse(f"a call of {_name_of(function)}")
 
     def _new_object(self) -> None:
         arguments = self.stack.pop()
         token = self.stack[-1]
-        if not isinstance(token, _ModelClass) or issubclass(token.cls, enum.Enum) or arguments != ():
-            _refuse(f"a new {_name_of(token)}")
+        if not isinstance(token, ModelClass) or issubclass(token.cls, enum.Enum) or arguments != ():
+            refuse(f"a new {_name_of(token)}")
         self.stack[-1] = token.cls.__new__(token.cls)
 
     def _build(self) -> None:
         state = self.stack.pop()
-        target = self.stack[-1]
-        if isinstance(target, nn.Module):
-            _set_module_state(target, state)
-        elif isinstance(target, BaseModel):
-            _set_config_state(target, state)
-        else:
-            _refuse(f"setting attributes of {_name_of(target)}")
+        set_state(self.stack[-1], state)
 
     def _refused_opcode(self) -> None:
-        _refuse("an opcode that no genuine file uses")
+        refuse("an opcode that no genuine file uses")
 
     @staticmethod
-    def _only_into(kinds: tuple[type, ...], depth: int, load: Callable[[Any], None]) -> Callable[[Any], None]:
-        """``load``, if what it adds to (``depth`` entries down the stack, or down the stack before the mark) is one of ``kinds``."""
+    def _only_into(
+        kinds: tuple[type, ...], marked: bool, step: int, load: Callable[[Any], None]
+    ) -> Callable[[Any], None]:
+        """``load``, if what it adds to is one of ``kinds``, and if every ``step``-th of what is added is fit to be a key (0: none need be)."""
 
         def checked(self: Any) -> None:
-            target = (self.stack if depth else self.metastack[-1])[-1 - depth]
+            items = self.stack if marked else self.stack[-max(step, 1) :]
+            target = self.metastack[-1][-1] if marked else self.stack[-1 - max(step, 1)]
             if type(target) not in kinds:
-                _refuse(f"items for {_name_of(target)}")
+                refuse(f"items for {_name_of(target)}")
+            for key in items[::step] if step else ():
+                check_key(key)
             load(self)
 
         return checked
@@ -283,42 +260,31 @@ class BlockUnpickler(_PythonUnpickler):  # type: ignore[misc]  # typeshed does n
     dispatch[pickle.REDUCE[0]] = _reduce
     dispatch[pickle.NEWOBJ[0]] = _new_object
     dispatch[pickle.BUILD[0]] = _build
-    dispatch[pickle.APPEND[0]] = _only_into((list,), 1, _PythonUnpickler.load_append)
-    dispatch[pickle.APPENDS[0]] = _only_into((list,), 0, _PythonUnpickler.load_appends)
-    dispatch[pickle.SETITEM[0]] = _only_into((dict, OrderedDict), 2, _PythonUnpickler.load_setitem)
-    dispatch[pickle.SETITEMS[0]] = _only_into((dict, OrderedDict), 0, _PythonUnpickler.load_setitems)
-    dispatch[pickle.ADDITEMS[0]] = _only_into((set,), 0, _PythonUnpickler.load_additems)
-    for _opcode in (pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+    dispatch[pickle.APPEND[0]] = _only_into((list,), False, 0, _PythonUnpickler.load_append)
+    dispatch[pickle.APPENDS[0]] = _only_into((list,), True, 0, _PythonUnpickler.load_appends)
+    dispatch[pickle.SETITEM[0]] = _only_into((dict, OrderedDict), False, 2, _PythonUnpickler.load_setitem)
+    dispatch[pickle.SETITEMS[0]] = _only_into((dict, OrderedDict), True, 2, _PythonUnpickler.load_setitems)
+    dispatch[pickle.ADDITEMS[0]] = _only_into((set,), True, 1, _PythonUnpickler.load_additems)
+    # Calls by other ways; dicts and sets whose keys nobody checked; a buffer whose few bytes ask for any amount of memory.
+    for _opcode in (
+        *(pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+        *(pickle.DICT, pickle.FROZENSET, pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER),
+    ):
         dispatch[_opcode[0]] = _refused_opcode
 
 
 def _name_of(value: object) -> str:
-    if isinstance(value, _ModelClass):
-        return f"{value.cls.__module__}.{value.cls.__qualname__}"
-    if isinstance(value, _Function):
-        return value.name
-    return f"a {type(value).__module__}.{type(value).__qualname__}"
+    return value.name if isinstance(value, _Function) else name_of(value)
 
 
-class _PickleModule:
-    """What ``torch.load`` wants of a pickle module."""
-
-    __name__ = "backend.inference.unpickling"
-    Unpickler = BlockUnpickler
-    UnpicklingError = pickle.UnpicklingError
-
-    @staticmethod
-    def load(*_: Any, **__: Any) -> NoReturn:
-        raise pickle.UnpicklingError("only the zip format of torch.save (torch >= 1.6) is accepted")
-
-
-def load_block(data: bytes, block: str) -> nn.Module:
+def load_block(data: bytes | mmap.mmap, block: str) -> nn.Module:
     """Unpickle one block on the CPU.
 
     Parameters
     ----------
     data
-        The bytes that ``torch.save(module, file)`` wrote.
+        The bytes that ``torch.save(module, file)`` wrote. Memory of :func:`~backend.inference.bounded_zip.unpack` becomes the module's
+        own: its weights stay there.
     block
         Its name, for the errors.
 
@@ -329,20 +295,24 @@ def load_block(data: bytes, block: str) -> nn.Module:
     BlockBroken
         The bytes are not a pickled ``nn.Module`` that the installed releases of torch and mmm can rebuild.
     """
+    if not isinstance(data, mmap.mmap):
+        memory = mmap.mmap(-1, max(len(data), 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        memory[: len(data)] = data
+        data = memory
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise CheckpointRefused(
-                    f"Block {block!r} is a TorchScript archive, which is code.",
-                    hint="Use the file with pickled modules.",
-                )
+        with checked_zip(data, f"Block {block!r}") as archive:
+            records = Records(archive, data, block)
+            module = BlockUnpickler(io.BytesIO(records.read("data.pkl")), records.storage).load()
+        check_finished(module)
+    except (BlockBroken, CheckpointRefused):
+        raise
     except zipfile.BadZipFile as error:
-        raise BlockBroken(f"Block {block!r} is not a file of torch.save: {error}.") from error
-    try:
-        module = torch.load(io.BytesIO(data), map_location="cpu", pickle_module=_PickleModule, weights_only=False)
-    except _ForbiddenName as refused:
+        raise BlockBroken(
+            f"Block {block!r} is not a file of torch.save: {error}.", hint="Download it again."
+        ) from error
+    except ForbiddenError as refused:
         raise CheckpointRefused(
-            f"Block {block!r} of the checkpoint names {refused}, which a model does not need; nothing was executed.",
+            f"Block {block!r} of the checkpoint holds {refused}, which a model does not need; nothing was executed.",
             hint="Do not use this file. Get the checkpoint from its publisher again.",
         ) from None
     except Exception as error:

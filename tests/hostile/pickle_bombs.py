@@ -85,6 +85,38 @@ def new_ex(cls: bytes, keywords: dict[str, Any], *arguments: Any) -> bytes:
     return cls + v(arguments) + v(keywords) + b"\x92"
 
 
+def put(number: int) -> bytes:
+    """Remember what is on top of the stack."""
+    return b"q" + bytes([number])
+
+
+def get(number: int) -> bytes:
+    """What was remembered, again: the same object."""
+    return b"h" + bytes([number])
+
+
+IDENTITY = g("torch.nn.modules.linear", "Identity")
+SEQUENTIAL = g("torch.nn.modules.container", "Sequential")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def ordered(*items: Any) -> bytes:
+    return call(g("collections", "OrderedDict"), *items)
+
+
+def module(cls: bytes = IDENTITY, **state: Any) -> bytes:
+    """A module as torch saves it, with these attributes."""
+    whole = {"training": True, "_parameters": {}, "_buffers": {}, "_modules": {}, **dict.fromkeys(HOOKS, b"}"), **state}
+    return build(new(cls), whole)
+
+
+def tensor(count: int, size: tuple[int, ...], stride: tuple[int, ...], kind: str = "Float", offset: int = 0) -> bytes:
+    """A tensor over storage 0, which is said to have ``count`` numbers."""
+    storage = v(("storage", g("torch", f"{kind}Storage"), "0", "cpu", count)) + b"Q"
+    hooks = call(g("collections", "OrderedDict"))
+    return call(g("torch._utils", "_rebuild_tensor_v2"), storage, offset, size, stride, False, hooks)
+
+
 _INNER = b"\x80\x04" + call(g("os", "system"), SHELL) + b"."
 _CODE = marshal.dumps(compile(PYTHON, "<bomb>", "exec"))
 _OS = call(g("importlib", "import_module"), "os")
@@ -96,12 +128,14 @@ def nested_file() -> bytes:
     return torch_file(_INNER)
 
 
-def torch_file(opcodes: bytes) -> bytes:
-    """The zip of ``torch.save`` around a pickle."""
+def torch_file(opcodes: bytes, storages: tuple[bytes, ...] = (), *, packed: bool = False) -> bytes:
+    """The zip of ``torch.save`` around a pickle and the storages 0, 1, ...; ``packed`` compresses it, which torch never does."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
         for name, data in (("data.pkl", opcodes), ("byteorder", b"little"), ("version", b"3\n")):
             archive.writestr(f"archive/{name}", data)
+        for number, numbers in enumerate(storages):
+            archive.writestr(f"archive/data/{number}", numbers)
     return buffer.getvalue()
 
 

@@ -193,9 +193,9 @@ def test_what_could_become_a_call_is_refused(opcodes: bytes, named: str) -> None
 
 def test_a_class_in_a_value_stays_inert() -> None:
     """A class that the file puts into an attribute is a token there, which nothing can call."""
-    block = load_block(
-        _raw_pickle(b"\x80\x02" + _module() + b"}" + _text("factory") + b"ctorch.nn.modules.linear\nLinear\nsb."), "x"
-    )
+    members = b"".join(_text(group) + b"}s" for group in ("_modules", "_parameters", "_buffers"))
+    factory = _text("factory") + b"ctorch.nn.modules.linear\nLinear\ns"
+    block = load_block(_raw_pickle(b"\x80\x02" + _module() + b"}" + members + factory + b"b."), "x")
     assert not callable(block.factory)
 
 
