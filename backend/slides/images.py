@@ -3,12 +3,16 @@
 Transparency is laid on white; 16-bit values are scaled from the type's whole range; CMYK is converted without a profile; the EXIF orientation
 **is applied**, because browsers (and so Label Studio) apply it, and regions are drawn on what they show. Of a file
 with several pages the first is taken.
+
+Pixels are converted piece by piece: the file's own (1 to 4 bytes a pixel in Pillow, 3 or 4 here where tifffile decodes) and the RGB (4 bytes in Pillow) are
+all that is held at once, 8 bytes a pixel at most. Only deep colour that lies in a TIFF as one piece has its own depth on top of that.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +44,7 @@ _TRANSPOSE = {
 }
 _UM_PER_INCH = 25_400.0
 _MAX_SAMPLES = 4  # of a pixel: colours and transparency
+_PIECE_PX = 1024  # edge of what is converted at once
 
 
 class DecodedImage:
@@ -90,7 +95,8 @@ def load_image(path: Path, settings: Settings | None = None) -> DecodedImage:
                 raise UnidentifiedImageError(f"mode {image.mode}")
             stated = _stated_mpp(image)
             turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
-            rgb = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = to_rgb(image)
             return DecodedImage(rgb, str(image.format).lower(), stated and (stated[::-1] if turned else stated))
     except UnidentifiedImageError as error:
         if _tiff_directory(path) is None:
@@ -160,19 +166,34 @@ def check_patch_size(path: Path, size: tuple[int, int], tile_px: int) -> None:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that Pillow decodes as RGB, transparency laid on white. Raises ``ValueError`` for modes without such a meaning."""
+    image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
-        image.load()
         return image.copy()
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no plain meaning as a picture")
+    return _in_pieces(image.size, lambda box: _piece_to_rgb(image.crop(box)))
+
+
+def _piece_to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # I;16 of PNG and TIFF, or I where Pillow widened it.
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no plain meaning as a picture")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (*WHITE, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def _in_pieces(size: tuple[int, int], piece: Callable[[tuple[int, int, int, int]], Image.Image]) -> Image.Image:
+    """An RGB image of ``size`` (width, height) made of ``piece(box)`` for the boxes (left, top, right, bottom) that cover it."""
+    width, height = size
+    rgb = Image.new("RGB", size)
+    for top in range(0, height, _PIECE_PX):
+        for left in range(0, width, _PIECE_PX):
+            box = (left, top, min(left + _PIECE_PX, width), min(top + _PIECE_PX, height))
+            rgb.paste(piece(box), box)
+    return rgb
 
 
 def _check_pixels(path: Path, size: tuple[int, int], limit: int) -> None:
@@ -232,11 +253,8 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
             _check_pixels(path, (page.imagewidth, page.imagelength), limit)
             if page.size > _MAX_SAMPLES * page.imagewidth * page.imagelength:
                 raise ValueError(f"it has {page.samplesperpixel} samples a pixel, or depth")
-            array, photometric, extra = page.asarray(), page.photometric.name, page.extrasamples
-            if page.planarconfig == 2 and array.ndim == 3:
-                array = np.moveaxis(array, 0, -1)
             orientation = page.tags.get(_ORIENTATION_TAG)
-            image = _tiff_to_rgb(array, photometric, bool(extra))
+            image = _tiff_to_rgb(page)
             move = _TRANSPOSE.get(int(orientation.value)) if orientation is not None else None
             stated = _tiff_mpp(page)
     except SlideTooLarge:
@@ -250,36 +268,73 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
     return DecodedImage(image.transpose(move) if move is not None else image, "tiff (tifffile)", stated)
 
 
-def _tiff_to_rgb(array: npt.NDArray[np.generic], photometric: str, has_alpha: bool) -> Image.Image:
+def _tiff_to_rgb(page: tifffile.TiffPage) -> Image.Image:
+    photometric, has_alpha = page.photometric.name, bool(page.extrasamples)
     if photometric not in ("RGB", "MINISBLACK", "MINISWHITE", "YCBCR"):
         raise ValueError(f"its colours are stored as {photometric}")
-    values = _to_uint8(array)
-    if photometric == "MINISWHITE":
-        values = np.bitwise_not(values)
-    if values.ndim == 2:
-        return Image.fromarray(values).convert("RGB")
-    if values.ndim != 3 or values.shape[2] not in (3, 4):
-        raise ValueError(f"its pixels have the shape {array.shape}")
-    if values.shape[2] == 4 and has_alpha:
-        return to_rgb(Image.fromarray(np.ascontiguousarray(values)))
-    return Image.fromarray(np.ascontiguousarray(values[..., :3]))
+    values = _tiff_values(page)
+    if page.planarconfig == 2 and values.ndim == 3:
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim != 2 and (values.ndim != 3 or values.shape[2] not in (3, 4)):
+        raise ValueError(f"its pixels have the shape {values.shape}")
+    if values.ndim == 3 and not (values.shape[2] == 4 and has_alpha):
+        values = values[..., :3]
+
+    def piece(box: tuple[int, int, int, int]) -> Image.Image:
+        part = np.ascontiguousarray(values[box[1] : box[3], box[0] : box[2]])
+        return _piece_to_rgb(Image.fromarray(np.bitwise_not(part) if photometric == "MINISWHITE" else part))
+
+    return _in_pieces((values.shape[1], values.shape[0]), piece)
+
+
+def _tiff_values(page: tifffile.TiffPage) -> UInt8Array:
+    """The page's samples as 8 bits, shaped as tifffile has them. Deep ones are scaled strip by strip, as they are decoded."""
+    if page.dtype is not None:
+        _check_type(page.dtype)
+    # Of what is not compressed the file itself is as large as what is decoded.
+    if page.dtype is None or page.dtype.itemsize == 1 or page.is_contiguous or not page.dataoffsets:
+        return _to_uint8(page.asarray())
+    # As TiffPage.asarray puts a page together, in 8 bits.
+    values = np.zeros(page.shaped, np.uint8)
+    _, depth, length, width, _ = page.shaped
+
+    def put(decoded: tuple[npt.NDArray[np.generic] | None, tuple[int, ...], tuple[int, ...]]) -> None:
+        segment, (s, d, y, x, _), (segment_depth, segment_length, segment_width, _) = decoded
+        place = values[s, d : d + segment_depth, y : y + segment_length, x : x + segment_width]
+        if segment is None:
+            place[:] = _to_uint8(np.asarray(page.nodata, page.dtype))
+        else:
+            place[:] = _to_uint8(segment[: depth - d, : length - y, : width - x])
+
+    for _ in page.segments(func=put, sort=True, _fullsize=False):
+        pass
+    return values.reshape(page.shape)
+
+
+def _check_type(dtype: np.dtype[np.generic]) -> None:
+    if dtype.kind not in "bui" or dtype.itemsize > 4:
+        raise _no_picture(dtype)
+
+
+def _no_picture(dtype: np.dtype[np.generic]) -> ValueError:
+    return ValueError(f"pixels of type {dtype} have no plain meaning as a picture")
 
 
 def _to_uint8(array: npt.NDArray[np.generic]) -> UInt8Array:
-    """Whole-range scaling to 8 bits: 65535 becomes 255, rounded."""
+    """Whole-range scaling to 8 bits: 65535 becomes 255, rounded. Takes another 8 bytes for each of a million values at a time."""
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
     if array.dtype == np.bool_:
         return np.asarray(array, dtype=np.uint8) * np.uint8(255)
-    wide = array.astype(np.int64)
-    if (
-        array.dtype.kind not in "ui"
-        or array.dtype.itemsize > 4
-        or wide.min(initial=0) < 0
-        or wide.max(initial=0) > 65535
-    ):
-        raise ValueError(f"pixels of type {array.dtype} have no plain meaning as a picture")
-    return ((wide + 128) // 257).astype(np.uint8)
+    _check_type(array.dtype)
+    flat = array.reshape(-1)
+    scaled = np.empty(flat.shape, np.uint8)
+    for start in range(0, flat.size, _PIECE_PX**2):
+        part = flat[start : start + _PIECE_PX**2]
+        if array.dtype != np.uint16 and (part.min() < 0 or part.max() > 65535):
+            raise _no_picture(array.dtype)
+        scaled[start : start + _PIECE_PX**2] = (part.astype(np.uint32) + 128) // 257
+    return scaled.reshape(array.shape)
 
 
 def _tiff_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:

@@ -8,29 +8,41 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 
 import numpy as np
 from PIL import Image
 from typing_extensions import Self
 
-from backend.errors import SlideUnreadable
+from backend.errors import SlideTooLarge, SlideUnreadable
 from backend.results.bag import UInt8Array
 from backend.slides.images import DecodedImage
 from backend.slides.mpp import MPP_MAX, MPP_MIN, plausible_mpp
-from backend.slides.resample import WHITE, best_level, is_aligned, padding, resample
+from backend.slides.resample import REDUCED_UP_TO, WHITE, add_area, area_mean, best_level, is_aligned, padding, resample
 
 log = logging.getLogger(__name__)
 
-BLOCK_PX = 4096  # largest edge that is read from a level at once
+BLOCK_PX = 4096  # largest edge that is read from a level at once, but for the padding of filters (2 x 65 pixels)
+
+# Most pixels of a level that are read for one region, and for one overview; white beyond the slide does not count. Memory is bounded by BLOCK_PX, so
+# this bounds the time: a slide without coarse levels is decoded whole for a picture of it. Measured on one core of a Xeon (JPEG tiles of 512 pixels),
+# OpenSlide, with which the panel reads, makes 36 million pixels a second, and the direct reader of the workers about 100 million. So a region
+# takes a minute at worst (the whole of a 40 000 x 40 000 slide 45 s), and an overview, without which a worker cannot find the tissue, 3 to 8 minutes:
+# one level of 131 072 x 131 072 has its own. Codecs slower than JPEG take longer.
+REGION_MAX_LEVEL_PX = 2**31
+OVERVIEW_MAX_LEVEL_PX = 2**34
 
 _LATER_LEVELS_FROM_PX = 2048  # plain images with a shorter side get no reduced copies
 _MAX_ANISOTROPY = 0.05
 
 
 class LevelSlide(ABC):
-    """What both kinds share: from a request in level-0 pixels to one read of one level and one reduction."""
+    """What both kinds share: from a request in level-0 pixels to one read of one level and one reduction.
+
+    ``read_region`` and ``overview`` raise :class:`~backend.errors.SlideUnreadable` where the file is damaged, and
+    :class:`~backend.errors.SlideTooLarge`, before anything is read, where no level is coarse enough to be read in time.
+    """
 
     def __init__(
         self,
@@ -48,6 +60,7 @@ class LevelSlide(ABC):
         self.reader = reader
         self.properties = properties
         self.mpp = _believed(stated, name)
+        self._name = name
         self.mpp_stated = f"{stated[0]:.4g} x {stated[1]:.4g} µm per pixel" if stated else "no scale"
         self._level_sizes = tuple(level_sizes)
         self._broken_levels: frozenset[int] = frozenset()
@@ -67,20 +80,22 @@ class LevelSlide(ABC):
             out = np.empty((out_px, out_px, 3), np.uint8)
         elif out.shape != (out_px, out_px, 3) or out.dtype != np.uint8:
             raise ValueError(f"out is {out.dtype} {out.shape} for a region of {out_px} pixels")
-        self._read(x, y, size_level0, size_level0, out)
+        self._read(x, y, size_level0, size_level0, out, REGION_MAX_LEVEL_PX)
         return out
 
-    def overview(self, max_px: int) -> UInt8Array:
+    def overview(self, max_px: int, max_level_px: int = OVERVIEW_MAX_LEVEL_PX) -> UInt8Array:
+        """The whole slide, its long side at most ``max_px``; :class:`~backend.errors.SlideTooLarge` if that takes over ``max_level_px`` pixels of a level."""
         width, height = self.size
         scale = max(1.0, max(width, height) / max_px)
         out = np.empty((max(1, round(height / scale)), max(1, round(width / scale)), 3), np.uint8)
-        self._read(0.0, 0.0, width, height, out)
+        self._read(0.0, 0.0, width, height, out, max_level_px)
         return out
 
-    def _read(self, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
+    def _read(self, x: float, y: float, w: float, h: float, out: UInt8Array, limit: int) -> None:
         out_h, out_w = out.shape[:2]
         while True:
             level = best_level(self.level_downsamples, min(w / out_w, h / out_h), self._broken_levels)
+            self._check_cost(level, x, y, w, h, limit)
             try:
                 self._read_from(level, x, y, w, h, out)
                 return
@@ -91,12 +106,27 @@ class LevelSlide(ABC):
                 log.warning("level %d is not used any more: %s", level, error.message)
                 self._broken_levels = self._broken_levels | {level}
 
+    def _check_cost(self, level: int, x: float, y: float, w: float, h: float, limit: int) -> None:
+        inside_w = max(0.0, min(x + w, self.size[0]) - max(x, 0.0))
+        inside_h = max(0.0, min(y + h, self.size[1]) - max(y, 0.0))
+        level_px = inside_w * inside_h / self.level_downsamples[level] ** 2
+        if level_px > limit:
+            raise SlideTooLarge(
+                f"{self._name} has no level coarse enough for this view: it would be made of {level_px / 1e6:,.0f} million pixels of level {level}, "
+                f"over the limit of {limit / 1e6:,.0f} million.",
+                hint="Convert the slide to a tiled pyramid (for example with `vips tiffsave --tile --pyramid --compression jpeg`). "
+                "Closer views of it work as it is.",
+            )
+
     def _read_from(self, level: int, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
         """The request from one level, in blocks where it is large: memory stays bounded even for a slide without coarse levels."""
         ds = self.level_downsamples[level]
         out_h, out_w = out.shape[:2]
         step_x, step_y = w / out_w, h / out_h
-        block = max(1, int(BLOCK_PX * ds / max(step_x, step_y)))
+        if max(step_x, step_y) > REDUCED_UP_TO * ds:
+            self._read_summed(level, x, y, w, h, out)
+            return
+        block = int(BLOCK_PX * ds / max(step_x, step_y))
         if out_w <= block and out_h <= block:
             self._read_block(level, x, y, w, h, out)
             return
@@ -105,6 +135,20 @@ class LevelSlide(ABC):
                 bw, bh = min(block, out_w - left), min(block, out_h - top)
                 part = out[top : top + bh, left : left + bw]
                 self._read_block(level, x + left * step_x, y + top * step_y, bw * step_x, bh * step_y, part)
+
+    def _read_summed(self, level: int, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
+        """The request as exact sums over a level that is far too fine for it: each pixel inside the slide is read once, the rest is white."""
+        ds = self.level_downsamples[level]
+        out_h, out_w = out.shape[:2]
+        level_w, level_h = self._level_sizes[level]
+        columns = np.clip(np.linspace(x / ds, (x + w) / ds, out_w + 1), 0, level_w)
+        rows = np.clip(np.linspace(y / ds, (y + h) / ds, out_h + 1), 0, level_h)
+        sums = np.zeros((out_h, out_w, 3))
+        for y0, y1 in _pieces(rows[0], rows[-1]):
+            for x0, x1 in _pieces(columns[0], columns[-1]):
+                image, at_x, at_y = self._read_level(level, x0, y0, x1 - x0, y1 - y0)
+                add_area(sums, np.asarray(image), np.clip(rows, y0, y1) - at_y, np.clip(columns, x0, x1) - at_x)
+        area_mean(sums, np.outer(np.diff(rows), np.diff(columns)), w / ds / out_w * (h / ds / out_h), out)
 
     def _read_block(self, level: int, x: float, y: float, w: float, h: float, out: UInt8Array) -> None:
         ds = self.level_downsamples[level]
@@ -148,6 +192,17 @@ def _span(start: float, end: float, pad: int, limit: int) -> tuple[int, int]:
     low = max(first - pad, 0) if first >= 0 else first - pad
     high = min(last + pad, limit) if last <= limit else last + pad
     return low, max(high, low + 1)
+
+
+def _pieces(start: float, end: float) -> Iterator[tuple[int, int]]:
+    """[start, end) in whole pixels, cut at the multiples of :data:`BLOCK_PX`, which are borders of the file's own tiles as a rule."""
+    first, last = _span(start, end, 0, math.ceil(end))
+    if end <= start:
+        return
+    while first < last:
+        stop = min((first // BLOCK_PX + 1) * BLOCK_PX, last)
+        yield first, stop
+        first = stop
 
 
 def _believed(stated: tuple[float, float] | None, name: str) -> float | None:

@@ -19,7 +19,9 @@ import numpy as np
 
 from backend.errors import SlideUnreadable
 
-TILE_MAX_PIXELS = 2**28  # 1 GiB decoded; real ones have 2**16 to 2**24
+# 128 MiB decoded, which is what OpenSlide's cache of a slide holds: a larger tile would be decoded again for each block that touches it, so one
+# picture could take hours. Real ones have 2**16 to 2**24.
+TILE_MAX_PIXELS = 2**25
 
 _WIDTH, _HEIGHT, _TILE_WIDTH, _TILE_HEIGHT, _STRIP_LENGTHS, _TILE_LENGTHS = 256, 257, 322, 323, 279, 325
 _INTEGER_TYPES = {1: "u1", 3: "u2", 4: "u4", 6: "i1", 8: "i2", 9: "i4", 13: "u4", 16: "u8", 17: "i8", 18: "u8"}
@@ -42,7 +44,8 @@ def check_tiff(path: Path) -> None:
         for number, directory in enumerate(_directories(file, size)):
             if reason := _impossible(directory, size):
                 raise SlideUnreadable(
-                    f"{path.name} is damaged: in its directory {number} {reason}.", hint="Copy the slide again."
+                    f"{path.name} is damaged: in its directory {number} {reason}.",
+                    hint="Copy the slide again. If it was written with tiles of more than 33 million pixels, write it with smaller ones.",
                 )
 
 

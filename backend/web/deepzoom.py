@@ -116,6 +116,8 @@ class DeepZoom:
         ------
         TileOutside
             As :meth:`Pyramid.tile_box`.
+        SlideTooLarge
+            The slide has no level that is coarse enough: see :data:`~backend.slides.levels.REGION_MAX_LEVEL_PX`. Finer tiles are there.
         SourceError, SlideError
             The slide is gone or cannot be read.
         """
@@ -137,6 +139,8 @@ class DeepZoom:
         ------
         TileOutside
             It does not touch the slide, or ``px`` is not within 16 to :data:`REGION_MAX_PX`.
+        SlideTooLarge
+            As :meth:`tile`.
         SourceError, SlideError
             The slide is gone or cannot be read.
         """

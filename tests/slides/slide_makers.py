@@ -1,9 +1,12 @@
-"""Small slides with one property each, for tests: blank, all pen, black border, a broken tile."""
+"""Small slides with one property each, for tests: blank, all pen, black border, a broken tile, no coarse levels."""
 
 from __future__ import annotations
 
+import re
+import struct
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import tifffile
 from scipy import ndimage
@@ -60,3 +63,40 @@ def break_tile(path: Path, *, column: int, row: int) -> None:
 def psnr(first: np.ndarray, second: np.ndarray) -> float:
     error = np.mean((first.astype(np.float64) - second.astype(np.float64)) ** 2)
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+def write_one_level(path: Path, edge: int, *, tile: int = 512, colour: tuple[int, int, int] = (200, 120, 160)) -> Path:
+    """A TIFF of ``edge`` x ``edge`` pixels in one level of one colour, all of whose JPEG tiles are the same bytes: gigapixels in some kilobytes."""
+    picture = np.full((512, 512, 3), colour, np.uint8)
+    jpeg = imagecodecs.jpeg8_encode(picture, level=90, colorspace="RGB", outcolorspace="YCBCR", subsampling="444")
+    count = (-(-edge // tile)) ** 2
+    bits, start = 8, 14
+    lengths = start + len(jpeg) + len(jpeg) % 2
+    offsets = lengths + 2 * count
+    directory = offsets + 4 * count
+    tags = [
+        (256, 4, 1, edge),
+        (257, 4, 1, edge),
+        (258, 3, 3, bits),
+        (259, 3, 1, 7),
+        (262, 3, 1, 6),
+        (277, 3, 1, 3),
+        (284, 3, 1, 1),
+        (322, 4, 1, tile),
+        (323, 4, 1, tile),
+        (324, 4, count, offsets),
+        (325, 3, count, lengths),
+    ]
+    with path.open("wb") as file:
+        file.write(struct.pack("<2sHI3H", b"II", 42, directory, 8, 8, 8))
+        file.write(jpeg.ljust(lengths - start, b"\0"))
+        file.write(np.full(count, len(jpeg), "<u2").tobytes() + np.full(count, start, "<u4").tobytes())
+        file.write(struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4))
+    return path
+
+
+def peak_bytes() -> int:
+    """The most memory that this process ever had (VmHWM). For processes started for it: what ran before counts as well."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024

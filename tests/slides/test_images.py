@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +21,7 @@ from backend.slides.images import image_size, load_image, read_patch
 from backend.slides.reader import open_slide
 
 Make = Callable[..., Settings]
+TESTS = Path(__file__).resolve().parents[1]
 PINK = (220, 140, 180)
 
 
@@ -127,6 +131,108 @@ def test_floating_point_pixels_are_refused_with_the_reason(tmp_path: Path, setti
     tifffile.imwrite(tmp_path / "float.tif", np.zeros((300, 300, 3), np.float32), photometric="rgb")
     with pytest.raises(SlideUnreadable, match=r"float\.tif cannot be decoded: pixels of type float32"):
         open_slide(tmp_path / "float.tif", settings())
+
+
+def test_floating_point_pixels_are_refused_before_they_are_decoded(
+    tmp_path: Path, settings: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile.imwrite(tmp_path / "float.tif", np.zeros((300, 300, 3), np.float32), photometric="rgb", compression="zlib")
+
+    def decoded(*_: object, **__: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(tifffile.TiffPage, "asarray", decoded)
+    monkeypatch.setattr(tifffile.TiffPage, "segments", decoded)
+    with pytest.raises(SlideUnreadable, match="pixels of type float32"):
+        load_image(tmp_path / "float.tif", settings())
+
+
+def test_pieces_of_an_image_are_converted_as_the_whole_would_be(tmp_path: Path, settings: Make) -> None:
+    """1300 x 1100 pixels are four pieces; the truth is Pillow's conversion of the whole, and for deep colour the scaling by 257."""
+    rng = np.random.default_rng(0)
+    rgba = Image.fromarray(rng.integers(0, 256, (1100, 1300, 4), dtype=np.uint8))
+    white = Image.new("RGBA", rgba.size, "white")
+    grey, palette = rgba.convert("LA"), rgba.convert("RGB").quantize(200)
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(200)))
+    with Image.open(tmp_path / "palette.png") as stored:
+        shown = stored.convert("RGBA")
+    rgba.save(tmp_path / "rgba.png")
+    grey.save(tmp_path / "la.png")
+    rgba.convert("CMYK").save(tmp_path / "cmyk.tif")
+    rgba.convert("1").save(tmp_path / "bits.png")
+    truth = {
+        "rgba.png": Image.alpha_composite(white, rgba),
+        "la.png": Image.alpha_composite(white, grey.convert("RGBA")),
+        "palette.png": Image.alpha_composite(white, shown),
+        "cmyk.tif": rgba.convert("CMYK"),
+        "bits.png": rgba.convert("1"),
+    }
+    for name, whole in truth.items():
+        assert np.array_equal(rgb_of(tmp_path / name, settings), np.asarray(whole.convert("RGB"))), name
+    deep = rng.integers(0, 65536, (1100, 1300, 3), dtype=np.uint16)
+    scaled = ((deep.astype(np.int64) + 128) // 257).astype(np.uint8)
+    Image.fromarray(deep[..., 0]).save(tmp_path / "grey16.png")
+    assert np.array_equal(rgb_of(tmp_path / "grey16.png", settings), scaled[..., :1].repeat(3, 2))
+    for tile in (None, (256, 256)):
+        for planar in (False, True):
+            samples = np.moveaxis(deep, -1, 0) if planar else deep
+            layout = {"planarconfig": "separate" if planar else "contig", "tile": tile}
+            tifffile.imwrite(
+                tmp_path / "deep.tif", samples.astype(np.uint32), photometric="rgb", compression="zlib", **layout
+            )
+            found = load_image(tmp_path / "deep.tif", settings())
+            assert found.format == "tiff (tifffile)"
+            assert np.array_equal(np.asarray(found.rgb), scaled), layout
+
+
+def test_whole_numbers_over_16_bits_are_refused(tmp_path: Path, settings: Make) -> None:
+    values = np.full((300, 300, 3), 65535, np.uint32)
+    values[299, 299] = 65536
+    tifffile.imwrite(tmp_path / "deep.tif", values, photometric="rgb", compression="zlib")
+    with pytest.raises(SlideUnreadable, match="pixels of type uint32 have no plain meaning"):
+        load_image(tmp_path / "deep.tif", settings())
+
+
+@pytest.mark.parametrize("kind", ["grey16.png", "rgba.png", "rgb.jpg", "turned.png", "rgba16.tif", "rgb32.tif"])
+def test_decoding_takes_eight_bytes_a_pixel_and_32_mib(tmp_path: Path, kind: str) -> None:
+    edge = 4000
+    path = tmp_path / kind
+    grey = np.zeros((edge, edge), np.uint16)
+    grey[:, ::2] = 40_000
+    colour = Image.new("RGBA", (edge, edge), (200, 100, 150, 128))
+    if kind == "grey16.png":
+        Image.fromarray(grey).save(path, compress_level=1)
+    elif kind == "rgba16.tif":
+        samples = np.broadcast_to(grey[..., None], (edge, edge, 4))
+        tifffile.imwrite(path, samples, photometric="rgb", extrasamples=["unassalpha"], compression="zlib")
+    elif kind == "rgb32.tif":  # Pillow does not read it
+        samples = np.broadcast_to(grey[..., None].astype(np.uint32), (edge, edge, 3))
+        tifffile.imwrite(path, samples, photometric="rgb", compression="zlib")
+    elif kind == "turned.png":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        colour.convert("RGB").save(path, exif=exif, compress_level=1)
+    else:
+        colour.convert("RGB" if kind == "rgb.jpg" else "RGBA").save(path)
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from slide_makers import peak_bytes\n"
+        "from backend.settings import load_settings\n"
+        "from backend.slides.images import load_image\n"
+        "settings = load_settings(model_dir=Path(sys.argv[1]).parent)\n"
+        "before = peak_bytes()\n"
+        "image = load_image(Path(sys.argv[1]), settings)\n"
+        "print(peak_bytes() - before)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS / "slides"), str(TESTS.parent)))},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(done.stdout) < 8 * edge**2 + 2**25
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

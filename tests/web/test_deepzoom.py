@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from slides.slide_makers import write_one_level
 
-from backend.errors import SlideNotFound, SourceError, TileOutside
+from backend.errors import SlideNotFound, SlideTooLarge, SourceError, TileOutside
 from backend.settings import Settings
 from backend.slides.reader import open_slide
 from backend.slides.source import SlideRef, SourceResolver
@@ -94,6 +95,23 @@ def test_a_region_beside_the_slide_or_of_no_sensible_size_is_refused(
     deepzoom, ref, _ = zoomed
     with pytest.raises(TileOutside):
         deepzoom.region(ref, x, y, size, px)
+
+
+def test_a_slide_without_coarse_levels_has_its_fine_tiles_and_says_why_it_has_no_coarse_ones(
+    tmp_path: Path, settings: Callable[..., Settings]
+) -> None:
+    write_one_level(tmp_path / "one.tif", 120_000)
+    made = settings(slide_roots=(tmp_path,))
+    resolver = SourceResolver(made)
+    deepzoom, ref = DeepZoom(SlideCache(made, resolver)), resolver.resolve(str(tmp_path / "one.tif"))
+    last = deepzoom.pyramid(ref).last_level
+    for level in (0, 3, 8):
+        with pytest.raises(SlideTooLarge, match=r"one\.tif has no level coarse enough"):
+            deepzoom.tile(ref, level, 0, 0)
+    with pytest.raises(SlideTooLarge):
+        deepzoom.region(ref, 0, 0, 120_000, 512)
+    assert pixels(deepzoom.tile(ref, last, 100, 100).jpeg).shape == (256, 256, 3)
+    assert pixels(deepzoom.region(ref, 60_000, 60_000, 4_000, 224).jpeg).shape == (224, 224, 3)
 
 
 def test_many_threads_get_the_pixels_that_one_gets(zoomed: tuple[DeepZoom, SlideRef, Settings]) -> None:
