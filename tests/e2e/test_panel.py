@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Frame, Page, expect
+from playwright.sync_api import Frame, Page, Route, expect
 from running_backend import REAL_SLIDES, Backend, wait_for
 from studio import SCREENSHOTS, SETTLED, Editor, Studio
 
@@ -474,3 +474,35 @@ def test_a_point_of_the_map_opens_its_slide(
     point.locator(".mark").click(force=True)
     expect(page.locator("#name")).to_have_text("second.tif", timeout=30_000)
     expect(page.locator("#phase")).to_have_text("analysed")
+
+
+def test_a_slide_that_is_still_being_downloaded_is_asked_for_until_it_is_there(
+    browser_page: Editor, task: dict[str, Any], analysed: BagResult
+) -> None:
+    """The answer is the backend's own for a slide on a slow host (see tests/web/test_panel_downloads.py), given twice here."""
+    page = browser_page.page
+    way = {
+        "code": "download_under_way",
+        "message": "far.tif is being downloaded: 1.2 of 3.4 MB have come.",
+        "hint": "It goes on by itself.",
+    }
+    answers = iter([503, 503])
+
+    def not_yet(route: Route) -> None:
+        status = next(answers, None)
+        if status is None:
+            route.continue_()
+        else:
+            route.fulfill(status=status, json={"detail": way["message"], "error": way})
+
+    page.route("**/panel/slide?*", not_yet)
+    try:
+        page.goto(task["panel"])
+        expect(page.locator("#problem h2")).to_have_text("The slide is on its way")
+        expect(page.locator("#problem-reason")).to_have_text(way["message"])
+        keep(page, "panel-download")
+        expect(page.locator("#problem")).to_be_hidden(timeout=30_000)
+        expect(page.locator("#strip button")).to_have_count(12, timeout=30_000)
+        expect(page.locator("#legend")).to_be_visible()
+    finally:
+        page.unroute("**/panel/slide?*")

@@ -25,11 +25,16 @@ let hotAt = -1;
 
 // --- the slide ---------------------------------------------------------------------------------------------------------
 
+/** The slide lies on another machine and is being downloaded: no failure, and asked again by itself. */
+const ON_ITS_WAY = "download_under_way";
+const ASK_AGAIN_MS = 2000;
+
 async function showSlide() {
   try {
     facts = await server.slide();
   } catch (error) {
     showProblem(error);
+    if (error.code === ON_ITS_WAY) setTimeout(showSlide, ASK_AGAIN_MS);
     return;
   }
   $("problem").hidden = true;
@@ -50,6 +55,8 @@ async function showSlide() {
 
 function showProblem(error) {
   $("problem").hidden = false;
+  $("problem").classList.toggle("waiting", error.code === ON_ITS_WAY);
+  $("problem-title").textContent = error.code === ON_ITS_WAY ? "The slide is on its way" : "The slide cannot be shown";
   $("problem-reason").textContent = error.message;
   $("problem-hint").textContent = error.hint ?? "";
   for (const id of ["scalebar", "legend", "readout", "controls", "hot"]) $(id).hidden = true;
