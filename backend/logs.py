@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Any, Literal
 
 LogFormat = Literal["text", "json"]
 
 _current: dict[str, str] = {}
+
+# Addresses, names of slides and errors of others get into messages: a terminal obeys some of these, and a reader of lines ends a line at others.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_BUT_LINES_AND_TABS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
+_NOT_OF_JSON = re.compile("[\x7f-\x9f\u2028\u2029]")
+_SHORT = {"\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
 
 @contextmanager
@@ -32,7 +39,7 @@ def working_on(**fields: object) -> Iterator[None]:
 
 
 class TextLines(logging.Formatter):
-    """``TIME PROCESS LEVEL LOGGER: MESSAGE bag=…``, the last unless the message says it itself."""
+    """``TIME PROCESS LEVEL LOGGER: MESSAGE bag=…``, the last unless the message says it itself. One line, then a traceback if there is one."""
 
     def __init__(self, process: str) -> None:
         super().__init__(f"%(asctime)s {process} %(levelname)s %(name)s: %(message)s")
@@ -40,7 +47,16 @@ class TextLines(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # logging's name
         """The line, without a traceback."""
         line = super().formatMessage(record)
-        return line + "".join(f" {k}={v}" for k, v in _current.items() if f"{k}={v}" not in record.message)
+        line += "".join(f" {k}={v}" for k, v in _current.items() if f"{k}={v}" not in record.message)
+        return _CONTROLS.sub(_escaped, line)
+
+    def formatException(self, ei: Any) -> str:  # logging's name
+        """The traceback."""
+        return _BUT_LINES_AND_TABS.sub(_escaped, super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # logging's name
+        """The stack of a line that asks for it."""
+        return _BUT_LINES_AND_TABS.sub(_escaped, super().formatStack(stack_info))
 
 
 class JsonLines(logging.Formatter):
@@ -62,7 +78,13 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info:
             line["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        # JSON escapes the first of them by itself.
+        return _NOT_OF_JSON.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(line, ensure_ascii=False))
+
+
+def _escaped(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return _SHORT.get(match[0]) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
 
 
 def configure_logging(level: str, process: str, form: LogFormat = "text") -> None:

@@ -54,3 +54,36 @@ def test_json_lines_are_objects_with_the_same_names_whatever_is_logged(capfd: py
     )
     assert first["time"].endswith("+00:00") and "traceback" not in first
     assert "ValueError: why" in second["traceback"]
+
+
+HOSTILE = "a\x1b[31mb\x00c\x07d\x7fe\x85f\x9b2Jg\u2028h\u2029i\nj\rk\tl"
+
+
+def test_a_message_stays_one_line_that_no_terminal_obeys(capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "web")
+    with working_on(bag="0a\x1b1b"):
+        logging.getLogger("backend").warning("GET %s: not found", f"/{HOSTILE}")
+    said = capfd.readouterr().err
+    assert said.endswith("\n") and len(said[:-1].splitlines()) == 1
+    assert said[:-1].isprintable()
+    assert r"/a\x1b[31mb\x00c\x07d\x7fe\x85f\x9b2Jg\u2028h\u2029i\nj\rk\tl: not found bag=0a\x1b1b" in said
+
+
+def test_a_traceback_keeps_its_lines_and_nothing_else(capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "web")
+    try:
+        raise ValueError(HOSTILE)
+    except ValueError:
+        logging.getLogger("backend").exception("it failed")
+    said = capfd.readouterr().err
+    assert "Traceback (most recent call last):\n  File " in said
+    assert r"ValueError: a\x1b[31mb\x00c" in said
+    assert all(letter.isprintable() or letter in "\n\t" for letter in said)
+
+
+def test_a_json_line_stays_one_line_and_says_the_same(capfd: pytest.CaptureFixture[str]) -> None:
+    configure_logging("INFO", "web", "json")
+    logging.getLogger("backend").warning("%s", HOSTILE)
+    said = capfd.readouterr().err
+    assert said[:-1].isprintable() and len(said.splitlines()) == 1
+    assert json.loads(said)["message"] == HOSTILE

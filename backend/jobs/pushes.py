@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +16,14 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegi
 
 from backend.jobs import scripts
 from backend.jobs.queue import BagQueue
-from backend.jobs.queue_overview import cannot_serve
+from backend.jobs.queue_overview import cannot_serve, readings
 from backend.jobs.redis_server import unavailable
 from backend.jobs.states import QUEUES
 
+log = logging.getLogger(__name__)
+
 KEPT_S = 86_400
+_TASK = re.compile(rb"(\d{1,18}):(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -67,20 +73,31 @@ def watched(queue: BagQueue, keys: Sequence[str]) -> dict[str, Watched]:
             for key in keys:
                 pipeline.hgetall(_name(key))
                 pipeline.hkeys(scripts.waiting_key(key))
-            answers = pipeline.execute()
+            answers = readings(pipeline)
     except RedisError as error:
         if cannot_serve(error):
             raise unavailable(error, queue.settings) from error
         raise
     return {
-        key: Watched(tuple(_push(*item) for item in pushed.items()), tuple(name.decode() for name in waiting))
+        key: Watched(
+            tuple(push for item in (pushed or {}).items() if (push := _push(*item)) is not None),
+            tuple(name.decode() for name in waiting or () if _TASK.fullmatch(name)),
+        )
         for key, pushed, waiting in zip(keys, answers[::2], answers[1::2], strict=True)
     }
 
 
-def _push(name: bytes, at: bytes) -> Push:
-    project, _, task = name.decode().partition(":")
-    return Push(int(project), int(task), float(at))
+def _push(name: bytes, at: bytes) -> Push | None:
+    """A push as :func:`note_push` writes it down; ``None`` for what something else has put there."""
+    task = _TASK.fullmatch(name)
+    try:
+        when = float(at)
+    except ValueError:
+        when = math.nan
+    if task is None or not math.isfinite(when):
+        log.debug("skipped a push of %r at %r", name[:80], at[:80])
+        return None
+    return Push(int(task[1]), int(task[2]), when)
 
 
 def job_counts(queue: BagQueue) -> dict[str, int]:
@@ -98,7 +115,7 @@ def job_counts(queue: BagQueue) -> dict[str, int]:
                     pipeline.zcard(registry.key_template.format(name))
             for name in QUEUES:
                 pipeline.llen(Queue.redis_queue_namespace_prefix + name)
-            answers = [int(answer) for answer in pipeline.execute()]
+            answers = [int(answer or 0) for answer in readings(pipeline)]
     except RedisError as error:
         if cannot_serve(error):
             raise unavailable(error, queue.settings) from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timezone
 from functools import wraps
 from typing import Any, TypeVar
@@ -11,13 +12,16 @@ from typing import Any, TypeVar
 from redis.exceptions import ConnectionError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError, TimeoutError
 from rq import Queue
 from rq.defaults import RQ_KEY_PREFIX
+from rq.job import Job
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
 from rq.utils import utcparse
 from rq.worker_registration import REDIS_WORKER_KEYS
 
 from backend.jobs.redis_server import unavailable
-from backend.jobs.states import QUEUES, JobState, Status
+from backend.jobs.states import QUEUES, JobState, Status, state_of
 from backend.settings import Settings
+
+log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,6 +46,22 @@ def cannot_serve(error: RedisError) -> bool:
         return True
     # Anywhere in the text: what a script is told, older servers wrap into an error of the script.
     return isinstance(error, ResponseError) and any(word in str(error) for word in _REFUSALS)
+
+
+def readings(pipeline: Any) -> list[Any]:
+    """What a pipeline of questions is answered; ``None`` for a key that holds something else than was asked for.
+
+    Something else may write to this Redis: one such key must not take everything else from who looks. Raises a RedisError only if Redis
+    :func:`cannot serve <cannot_serve>`.
+    """
+    answers = pipeline.execute(raise_on_error=False)
+    for place, answer in enumerate(answers):
+        if isinstance(answer, RedisError):
+            if cannot_serve(answer):
+                raise answer
+            log.debug("skipped in Redis: %s", answer)
+            answers[place] = None
+    return list(answers)
 
 
 def answers_or_unavailable(method: F) -> F:
@@ -71,6 +91,20 @@ class QueueOverview(ABC):
         """The states of several jobs; see :meth:`BagQueue.states <backend.jobs.queue.BagQueue.states>`."""
 
     @answers_or_unavailable
+    def listed(self, keys: Iterable[str]) -> dict[str, JobState]:
+        """As :meth:`states`, for who looks at many: what is there and no job is left out, instead of being an error."""
+        keys = list(dict.fromkeys(keys))
+        try:
+            return self.states(keys)
+        except ResponseError as error:
+            log.debug("looked at one by one, without their places: %s", error)
+        with self.redis.pipeline(transaction=False) as pipeline:
+            for key in keys:
+                pipeline.hgetall(Job.key_for(key))
+            found = {key: state_of(key, raw or {}) for key, raw in zip(keys, readings(pipeline), strict=True)}
+        return {key: state for key, state in found.items() if state is not None}
+
+    @answers_or_unavailable
     def jobs(self, limit: int = 100, status: Status | None = None) -> list[JobState]:
         """Jobs of all queues: running, queued in order, waiting for another try, then failed and finished, latest first."""
         with self.redis.pipeline(transaction=False) as pipeline:
@@ -80,10 +114,10 @@ class QueueOverview(ABC):
                 pipeline.zrange(ScheduledJobRegistry.key_template.format(name), 0, limit - 1)
                 pipeline.zrange(FailedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
                 pipeline.zrange(FinishedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
-            answers = pipeline.execute()
-        members = (member for kind in range(5) for answer in answers[kind::5] for member in answer)
+            answers = readings(pipeline)
+        members = (member for kind in range(5) for answer in answers[kind::5] for member in answer or ())
         ids = [member.decode(errors="replace").split(":")[0] for member in members]
-        states = self.states(ids)
+        states = self.listed(ids)
         return [state for state in states.values() if status in (None, state.status)][:limit]
 
     @answers_or_unavailable
@@ -92,7 +126,7 @@ class QueueOverview(ABC):
         with self.redis.pipeline(transaction=False) as pipeline:
             for name in QUEUES:
                 pipeline.llen(self._queues[name].key)
-            return dict(zip(QUEUES, pipeline.execute(), strict=True))
+            return {name: depth or 0 for name, depth in zip(QUEUES, readings(pipeline), strict=True)}
 
     @answers_or_unavailable
     def workers(self) -> list[dict[str, Any]]:
@@ -101,32 +135,37 @@ class QueueOverview(ABC):
         Each has name, device, queues, state, job, heartbeat_age_s, pid, host, and memory_bytes and device_memory_bytes (``None`` where
         the worker cannot say).
         """
-        names = sorted(self.redis.smembers(REDIS_WORKER_KEYS))
         with self.redis.pipeline(transaction=False) as pipeline:
+            pipeline.smembers(REDIS_WORKER_KEYS)
+            names = sorted(readings(pipeline)[0] or ())
             for name in names:
                 pipeline.hgetall(name)
                 pipeline.smembers(name + b":executions")
-            answers = pipeline.execute()
+            answers = readings(pipeline)
         found = []
         for name, raw, executions in zip(names, answers[::2], answers[1::2], strict=True):
-            if b"last_heartbeat" not in raw or b"death" in raw:
+            if not raw or b"last_heartbeat" not in raw or b"death" in raw:
                 continue
-            text = {field.decode(errors="replace"): value.decode(errors="replace") for field, value in raw.items()}
-            age = (datetime.now(timezone.utc) - utcparse(text["last_heartbeat"])).total_seconds()
-            found.append(
-                {
-                    "name": name.decode().removeprefix(f"{RQ_KEY_PREFIX}:worker:"),
-                    "device": text.get("device", ""),
-                    "queues": [queue for queue in text.get("queues", "").split(",") if queue],
-                    "state": text.get("state", ""),
-                    "job": next((member.decode().split(":")[0] for member in executions), None),
-                    "heartbeat_age_s": max(0.0, age),
-                    "pid": int(text.get("pid", 0)),
-                    "host": text.get("hostname", ""),
-                    "memory_bytes": int(text["memory_bytes"]) if text.get("memory_bytes") else None,
-                    "device_memory_bytes": int(text["device_memory_bytes"])
-                    if text.get("device_memory_bytes")
-                    else None,
-                }
-            )
+            try:
+                found.append(_worker(name, raw, executions or ()))
+            except ValueError as error:
+                log.debug("skipped %r, which is no worker of ours: %s", name[:200], error)
         return found
+
+
+def _worker(name: bytes, raw: Mapping[bytes, bytes], executions: Iterable[bytes]) -> dict[str, Any]:
+    """A worker as it has written itself down; raises ValueError for what no worker writes."""
+    text = {field.decode(errors="replace"): value.decode(errors="replace") for field, value in raw.items()}
+    age = (datetime.now(timezone.utc) - utcparse(text["last_heartbeat"])).total_seconds()
+    return {
+        "name": name.decode(errors="replace").removeprefix(f"{RQ_KEY_PREFIX}:worker:"),
+        "device": text.get("device", ""),
+        "queues": [queue for queue in text.get("queues", "").split(",") if queue],
+        "state": text.get("state", ""),
+        "job": next((member.decode(errors="replace").split(":")[0] for member in executions), None),
+        "heartbeat_age_s": max(0.0, age),
+        "pid": int(text.get("pid", 0)),
+        "host": text.get("hostname", ""),
+        "memory_bytes": int(text["memory_bytes"]) if text.get("memory_bytes") else None,
+        "device_memory_bytes": int(text["device_memory_bytes"]) if text.get("device_memory_bytes") else None,
+    }

@@ -56,6 +56,8 @@ _STATUS: Mapping[str, Status] = {
     "stopped": "failed",
     "canceled": "failed",
 }
+_ERROR_TEXTS = {"code": 80, "message": 4000, "hint": 4000}  # characters
+_MAX_COUNT = 2**53  # beyond, a page's numbers are not exact
 
 
 @dataclass(frozen=True)
@@ -168,32 +170,54 @@ def state_of(key: str, raw: Mapping[bytes, bytes], position: int | None = None) 
     if b"data" not in raw or b"status" not in raw:
         return None
     meta = _meta(raw.get(b"meta", b""))
-    rate = meta.get("tiles_per_s")
-    error = meta.get("error")
     return JobState(
         key=key,
         status=_STATUS.get(raw[b"status"].decode(errors="replace"), "queued"),
-        queue=raw.get(b"origin", b"").decode(errors="replace"),
-        stage=str(meta.get("stage", "")),
+        queue=_text(raw.get(b"origin")),
+        stage=_text(meta.get("stage")),
         done=_count(meta.get("done")),
         total=_count(meta.get("total")),
-        tiles_per_s=float(rate) if isinstance(rate, int | float) and math.isfinite(rate) else None,
+        tiles_per_s=_rate(meta.get("tiles_per_s")),
         position=position,
-        error=error if isinstance(error, dict) else None,
-        worker=raw.get(b"worker_name", b"").decode(errors="replace"),
-        device=str(meta.get("device", "")),
+        error=_error(meta.get("error")),
+        worker=_text(raw.get(b"worker_name")),
+        device=_text(meta.get("device")),
         enqueued_at=_when(raw.get(b"enqueued_at")),
         started_at=_when(raw.get(b"started_at")),
         ended_at=_when(raw.get(b"ended_at")),
-        about=raw.get(b"description", b"").decode(errors="replace"),
+        about=_text(raw.get(b"description"), 1000),
     )
 
 
 # Something else may write to this Redis: one hash of nonsense must not hide the other jobs from who asks for the list.
 
 
+def _text(value: object, most: int = 200) -> str:
+    """A text as it can be sent, cut after ``most`` characters; empty for what is none."""
+    if isinstance(value, bytes):
+        return value[: 4 * most].decode(errors="replace")[:most]
+    # JSON can spell half a character, which no answer can carry.
+    return value[:most].encode(errors="replace").decode() if isinstance(value, str) else ""
+
+
+def _error(value: object) -> dict[str, Any] | None:
+    """The fields of :meth:`BackendError.as_dict <backend.errors.BackendError.as_dict>`, and nothing else that may lie there."""
+    if not isinstance(value, dict):
+        return None
+    texts = {name: _text(value.get(name), most) for name, most in _ERROR_TEXTS.items()}
+    return {**texts, "retryable": value.get("retryable") is True}
+
+
+def _rate(value: object) -> float | None:
+    try:
+        rate = float(value) if isinstance(value, int | float) else 0.0
+    except OverflowError:
+        return None
+    return rate if math.isfinite(rate) and rate > 0 else None
+
+
 def _count(value: object) -> int:
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) and 0 <= value <= _MAX_COUNT else 0
 
 
 def _meta(text: bytes) -> dict[str, Any]:

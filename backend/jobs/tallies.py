@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from redis.exceptions import ConnectionError, RedisError, TimeoutError
+from redis.exceptions import RedisError
 
+from backend.jobs.queue_overview import cannot_serve
 from backend.jobs.redis_server import unavailable
 from backend.settings import Settings
 
@@ -58,9 +60,13 @@ def read_tallies(redis: Any, settings: Settings) -> Tallies:
         Redis does not answer.
     """
     try:
-        raw = {name.decode(): float(value) for name, value in redis.hgetall(TALLIES).items()}
-    except (ConnectionError, TimeoutError) as error:
-        raise unavailable(error, settings) from error
+        found = redis.hgetall(TALLIES)
+    except RedisError as error:
+        if cannot_serve(error):
+            raise unavailable(error, settings) from error
+        log.debug("no tallies: %s", error)
+        return Tallies()
+    raw = {name.decode(errors="replace"): number for name, value in found.items() if (number := _number(value)) >= 0}
     stages = {name.split("/", 1)[1]: value for name, value in raw.items() if name.startswith("stage/")}
     failures = {
         (parts[1], parts[2]): int(value)
@@ -68,3 +74,12 @@ def read_tallies(redis: Any, settings: Settings) -> Tallies:
         if len(parts := name.split("/")) == 3 and parts[0] == "failed"
     }
     return Tallies(int(raw.get("bags", 0)), int(raw.get("tiles", 0)), stages, failures)
+
+
+def _number(value: bytes) -> float:
+    """A tally; -1 for what none of ours can be."""
+    try:
+        number = float(value)
+    except ValueError:
+        return -1
+    return number if math.isfinite(number) else -1

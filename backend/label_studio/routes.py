@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hmac
 import logging
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import Annotated, Any, Protocol, TypeVar
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Depends, Header, HTTPException, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, Response
+from pydantic import BaseModel, FailFast, Field
 from pydantic_core import to_json
 
 from backend import __version__
@@ -25,17 +26,31 @@ log = logging.getLogger(__name__)
 
 # Each waiting /predict holds a thread; /health and /setup must be answered within a second all the same.
 _PREDICT_THREADS = 64
+# START_TRAINING, which comes without the secret, says little more than the project and its labelling config.
+_UNSIGNED_MAX_BYTES = 1_000_000
+# Reading a labelling config takes about a millisecond for so many characters.
+_LONG_CONFIG_CHARS = 50_000
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class ReadBody(Protocol):
+    """Reads the body of a request, see :class:`backend.web.json_body.JsonBodies`."""
+
+    async def __call__(self, request: Request, model: type[M]) -> M:
+        """The body as a ``model``."""
 
 
 class PredictRequest(BaseModel):
     """Body of /predict."""
 
-    model_config = ConfigDict(extra="allow")
-
-    tasks: list[dict[str, Any]] = Field(description="Tasks as Label Studio serialises them: at least id and data.")
+    # The first task that is none is named, not each of a million; JSON has no names but texts, so they are not looked at.
+    tasks: Annotated[list[dict[Any, Any]], FailFast()] = Field(
+        description="Tasks as Label Studio serialises them: at least id and data."
+    )
     project: str | int | None = Field(None, description="Project as `id.created`, such as `1.1795461014`.")
     label_config: str | None = Field(None, description="The project's labelling config, XML.")
-    params: dict[str, Any] | None = Field(None, description="login, password, context (for smart tools).")
+    params: dict[Any, Any] | None = Field(None, description="login, password, context (for smart tools).")
 
 
 class PredictResponse(BaseModel):
@@ -50,8 +65,6 @@ class PredictResponse(BaseModel):
 class SetupRequest(BaseModel):
     """Body of /setup."""
 
-    model_config = ConfigDict(extra="allow")
-
     project: str | int | None = None
     label_config: str | None = Field(None, alias="schema")
     hostname: str | None = None
@@ -60,20 +73,33 @@ class SetupRequest(BaseModel):
 
 
 class WebhookRequest(BaseModel):
-    """Body of /webhook."""
-
-    model_config = ConfigDict(extra="allow")
+    """Body of /webhook: of what Label Studio sends, that which is read here."""
 
     action: str = Field(pattern="^[A-Za-z_]{1,80}$", description="What happened, such as `ANNOTATION_CREATED`.")
-    project: dict[str, Any] | None = None
+    project: dict[Any, Any] | None = None
+    annotations: Any = None
 
 
-def label_studio_router(services: Services, require_user: Any) -> APIRouter:
-    """The protocol's routes. ``require_user`` is the dependency that checks basic authentication."""
+def label_studio_router(
+    services: Services,
+    require_user: Any,
+    read_body: ReadBody,
+    describe_body: Callable[[type[BaseModel]], dict[str, Any]],
+) -> APIRouter:
+    """The protocol's routes.
+
+    Parameters
+    ----------
+    require_user
+        The dependency that checks basic authentication.
+    read_body, describe_body
+        Reads a body, and describes it for OpenAPI. A body that FastAPI reads, it reads before it asks ``require_user``.
+    """
     router = APIRouter(tags=["Label Studio"])
     backend = WholeSlideBackend(services=services)
     texts = JsonTexts()
     limiter = anyio.CapacityLimiter(_PREDICT_THREADS)
+    config_lane = anyio.CapacityLimiter(1)
     user = [Depends(require_user)]
 
     @router.get("/health", dependencies=user)
@@ -86,16 +112,23 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
             "version": __version__,
         }
 
-    @router.post("/setup", dependencies=user)
-    async def setup(body: SetupRequest) -> dict[str, str]:
+    @router.post("/setup", dependencies=user, openapi_extra=describe_body(SetupRequest))
+    async def setup(request: Request) -> dict[str, str]:
         """States the model version; refuses a labelling config that has nothing to fill, and says what to add."""
-        if body.label_config:
-            parse_config(body.label_config)
+        body = await read_body(request, SetupRequest)
+        config = body.label_config or ""
+        if len(config) > _LONG_CONFIG_CHARS:
+            await anyio.to_thread.run_sync(parse_config, config, limiter=config_lane)
+        elif config:
+            parse_config(config)
         return {"model_version": services.versions.version(project_id(body.project, ()))}
 
-    @router.post("/predict", dependencies=user, response_model=PredictResponse)
-    async def predict(body: PredictRequest) -> Response:
+    @router.post(
+        "/predict", dependencies=user, response_model=PredictResponse, openapi_extra=describe_body(PredictRequest)
+    )
+    async def predict(request: Request) -> Response:
         """Predictions of finished slides; `[]` for those that are being analysed."""
+        body = await read_body(request, PredictRequest)
         context = (body.params or {}).get("context")
         if context is not None and not isinstance(context, dict):
             raise RequestInvalid(
@@ -115,9 +148,9 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
         log.info("predict: project %s, %d tasks, %d answered", number, len(body.tasks), answered)
         return Response(text, media_type="application/json")
 
-    @router.post("/webhook")
+    @router.post("/webhook", openapi_extra=describe_body(WebhookRequest))
     async def webhook(
-        body: WebhookRequest,
+        request: Request,
         secret: Annotated[str | None, Header(alias=WEBHOOK_SECRET_HEADER)] = None,
         authorization: Annotated[str | None, Header()] = None,
     ) -> dict[str, str]:
@@ -127,19 +160,23 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
         basic authentication where that is set.
         """
         wanted = (await anyio.to_thread.run_sync(lambda: services.webhook_secret)).encode()
-        if not hmac.compare_digest((secret or "").encode(), wanted):
-            if body.action != START_TRAINING:
-                log.warning(
-                    "webhook: %s without the secret, refused: `wsc-backend train PROJECT` registers it", body.action
-                )
-                raise HTTPException(401, f"The header {WEBHOOK_SECRET_HEADER} is missing or wrong.")
-            await require_user(authorization)
+        signed = hmac.compare_digest((secret or "").encode(), wanted)
+        if not signed:
+            if not _is_short(request):
+                raise _unsigned("an event of a long or unknown length")
+            try:
+                await require_user(authorization)
+            except HTTPException as refused:
+                raise _unsigned("an event", refused) from None
+        body = await read_body(request, WebhookRequest)
+        if not signed and body.action != START_TRAINING:
+            raise _unsigned(body.action)
         number = (body.project or {}).get("id")
         if isinstance(number, bool) or not isinstance(number, int) or not 0 < number < MAX_PROJECT:
             raise RequestInvalid(
                 f"The event {body.action[:80]!r} names no project.", hint="Label Studio sends project: {id: …}."
             )
-        event = body.model_dump()
+        event = {"project": body.project, "annotations": body.annotations}
         answer = await anyio.to_thread.run_sync(lambda: take_event(services, body.action, number, event))
         log.info("webhook: %s of project %s: %s", body.action, number, answer)
         return {"status": "received", "action": body.action, "training": answer}
@@ -150,3 +187,18 @@ def label_studio_router(services: Services, require_user: Any) -> APIRouter:
         return {"versions": await anyio.to_thread.run_sync(lambda: services.versions.versions(project))}
 
     return router
+
+
+def _is_short(request: Request) -> bool:
+    """Whether a body is announced that is no longer than one without a signature may be."""
+    length = request.headers.get("content-length", "")
+    return length.isdecimal() and len(length) < 10 and int(length) <= _UNSIGNED_MAX_BYTES
+
+
+def _unsigned(what: str, user: HTTPException | None = None) -> HTTPException:
+    """The refusal of an event without the secret, and where it matters without basic authentication, whose refusal is ``user``."""
+    log.warning("webhook: %s without the secret, refused: `wsc-backend train PROJECT` registers it", what)
+    message = f"The header {WEBHOOK_SECRET_HEADER} is missing or wrong."
+    if user is None:
+        return HTTPException(401, message)
+    return HTTPException(401, f"{message} For START_TRAINING: {user.detail}", headers=user.headers)

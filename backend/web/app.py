@@ -21,7 +21,9 @@ from backend.label_studio.routes import label_studio_router
 from backend.label_studio.services import Services
 from backend.web.assets import PanelAssets
 from backend.web.body_limit import BodyLimit
-from backend.web.cors import PicturesForAll
+from backend.web.cors import NO_SNIFFING, BrowserHeaders
+from backend.web.hosts import KnownNames, OnlyKnownNames
+from backend.web.json_body import JsonBodies, described
 from backend.web.metrics import Measured, render_metrics
 from backend.web.overview import OverviewData, overview_router
 from backend.web.panel_routes import Panel, panel_router
@@ -31,12 +33,15 @@ log = logging.getLogger(__name__)
 
 WEBHOOK_MAX_BYTES = 16_000_000
 """Only its action and project are read; an annotation with a painted slide takes a few megabytes."""
+SETUP_MAX_BYTES = 1_000_000
+"""A labelling config, and little else."""
 
 
 def create_app(services: Services) -> FastAPI:
     """The application over ``services``. It imports neither torch nor mmm."""
     settings = services.settings
     assets, panel = PanelAssets(), Panel(services)
+    require_user = _basic_auth(services)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -51,22 +56,38 @@ def create_app(services: Services) -> FastAPI:
         version=__version__,
         description="Pre-annotates whole-slide images. Research use only, no diagnostic use.",
         lifespan=lifespan,
+        # Pages that show the description would load a stranger's script into our origin; and whom it describes to is asked below.
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        # It would answer with an address made of whatever name it was asked by.
+        redirect_slashes=False,
     )
-    app.add_middleware(PicturesForAll)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, paths={"/webhook": WEBHOOK_MAX_BYTES})
+    # The last one added is asked first.
+    limits = {"/webhook": WEBHOOK_MAX_BYTES, "/setup": SETUP_MAX_BYTES}
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes, paths=limits)
+    if not settings.basic_auth_user:
+        # With a password, a page that has our address under its own name has no password for that name.
+        app.add_middleware(OnlyKnownNames, names=KnownNames(settings))
+    app.add_middleware(BrowserHeaders)
     app.add_middleware(Measured)
-    app.include_router(label_studio_router(services, _basic_auth(services)))
-    app.include_router(results_router(services, _basic_auth(services)))
+    app.include_router(label_studio_router(services, require_user, JsonBodies(settings.max_body_bytes), described))
+    app.include_router(results_router(services, require_user))
     app.include_router(panel_router(panel, assets))
-    app.include_router(overview_router(services, OverviewData(services), panel.signer, assets, _basic_auth(services)))
+    app.include_router(overview_router(services, OverviewData(services), panel.signer, assets, require_user))
     app.include_router(assets.router())
     app.state.panel = panel
 
-    @app.get("/metrics", tags=["operation"], dependencies=[Depends(_basic_auth(services))])
+    @app.get("/metrics", tags=["operation"], dependencies=[Depends(require_user)])
     async def metrics() -> Response:
         """Prometheus metrics."""
         body, content_type = await anyio.to_thread.run_sync(lambda: render_metrics(services))
         return Response(body, media_type=content_type)
+
+    @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(require_user)])
+    def description() -> JSONResponse:
+        """What all of this answers, as OpenAPI."""
+        return JSONResponse(app.openapi())
 
     @app.exception_handler(BackendError)
     async def backend_error(request: Request, error: Exception) -> JSONResponse:
@@ -78,7 +99,9 @@ def create_app(services: Services) -> FastAPI:
     async def defect(_: Request, error: Exception) -> JSONResponse:
         # The traceback goes to the log by itself; the one who asked gets a sentence.
         message = f"A defect of this backend: {type(error).__name__}. Its log has the traceback."
-        return JSONResponse({"detail": message, "error": {"code": "defect", "message": message, "hint": ""}}, 500)
+        return JSONResponse(
+            {"detail": message, "error": {"code": "defect", "message": message, "hint": ""}}, 500, NO_SNIFFING
+        )
 
     @app.exception_handler(RequestValidationError)
     async def invalid_request(request: Request, error: Exception) -> JSONResponse:

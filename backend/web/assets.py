@@ -77,7 +77,6 @@ def page_headers(settings: Settings) -> dict[str, str]:
     return {
         "Content-Security-Policy": policy,
         "Cache-Control": "no-store",
-        "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "same-origin",
     }
 

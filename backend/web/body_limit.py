@@ -7,6 +7,15 @@ from collections.abc import Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from backend.errors import BackendError
+
+
+class BodyTooLarge(BackendError):
+    """The request's body has more in it than this backend takes."""
+
+    code = "body_too_large"
+    http_status = 413
+
 
 class BodyLimit:
     """ASGI middleware: answers 413 once a body is longer than ``max_bytes``, or than what ``paths`` says of its path, if that is less."""
@@ -68,7 +77,7 @@ class BodyLimit:
             {
                 "detail": f"The request's body is over {limit} bytes"
                 + (" (MAX_BODY_BYTES)." if limit == self._max_bytes else "."),
-                "error": {"code": "body_too_large"},
+                "error": {"code": BodyTooLarge.code},
             }
         ).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]

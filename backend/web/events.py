@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Collection, Iterable
 from dataclasses import dataclass, field
@@ -48,6 +49,7 @@ class StatusHub:
         self._bags: dict[str, _Bag] = {}
         self._looking: asyncio.Task[None] | None = None
         self._closed = asyncio.Event()
+        self._failing = False
 
     def close(self) -> None:
         """End every stream: the server stops."""
@@ -93,7 +95,15 @@ class StatusHub:
             stored = {
                 key for key, bag in self._bags.items() if bag.status is not None and bag.status["phase"] == "done"
             }
-            found = await anyio.to_thread.run_sync(read_statuses, self._services, keys, stored)
+            try:
+                found = await anyio.to_thread.run_sync(read_statuses, self._services, keys, stored)
+            except Exception:
+                # The next look may succeed; without one, every panel that is open would wait for ever.
+                if not self._failing:
+                    log.exception("panels cannot be told where their jobs stand")
+                self._failing, found = True, {}
+            else:
+                self._failing = False
             for key, status in found.items():
                 bag = self._bags.get(key)
                 if bag is not None and bag.status != status:
@@ -110,7 +120,7 @@ def read_statuses(services: Services, keys: Iterable[str], stored: Collection[st
     """
     keys = list(keys)
     try:
-        states = services.queue.states(keys)
+        states = services.queue.listed(keys)
         marks = watched(services.queue, keys)
     except BackendError as error:
         log.warning("panels cannot be told where their jobs stand: %s", error)
@@ -140,7 +150,8 @@ def status_of(state: JobState | None, marks: Watched, *, stored: bool, label_stu
     if state is not None:
         left = None
         if phase == "running" and state.tiles_per_s and state.total > state.done:
-            left = round((state.total - state.done) / state.tiles_per_s, 1)
+            seconds = (state.total - state.done) / state.tiles_per_s
+            left = round(seconds, 1) if math.isfinite(seconds) else None
         job = {**state.as_dict(), "left_s": left}
     pushes = [
         {

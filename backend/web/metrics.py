@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from prometheus_client import (
@@ -13,12 +14,15 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from redis.exceptions import ResponseError
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from backend.errors import QueueUnavailable
 from backend.jobs.pushes import job_counts
 from backend.jobs.tallies import read_tallies
 from backend.label_studio.services import Services
+
+log = logging.getLogger(__name__)
 
 REQUESTS = Counter("wsc_http_requests_total", "HTTP requests by route and status.", ["route", "status"])
 SECONDS = Histogram(
@@ -96,7 +100,10 @@ def _tallied(services: Services, registry: CollectorRegistry) -> None:
     for (function, code), count in tallies.failures.items():
         failures.labels(function, code).inc(count)
     trainings = Counter("wsc_trainings_total", "Trainings started.", registry=registry)
-    trainings.inc(sum(services.training.runs().values()))
+    try:
+        trainings.inc(sum(services.training.runs().values()))
+    except (ValueError, ResponseError) as error:  # not written by us
+        log.debug("trainings cannot be counted: %s", error)
     jobs = Gauge("wsc_jobs", "Jobs that are listed, by status.", ["status"], registry=registry)
     for status, count in job_counts(services.queue).items():
         jobs.labels(status).set(count)

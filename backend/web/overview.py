@@ -22,6 +22,7 @@ from backend.results.bag import SLIDE_REF
 from backend.slides.source import SlideRef
 from backend.web.assets import PanelAssets, page_headers
 from backend.web.embedding_map import EmbeddingMap
+from backend.web.hosts import KnownNames
 from backend.web.project_extras import ProjectLearning
 from backend.web.signing import SlideSigner
 
@@ -104,12 +105,12 @@ class SlideMap(BaseModel):
     left_out: int = Field(description="Slides beyond the most that the map shows.")
 
 
-def _site(origin: str) -> str | None:
-    """Host and port of an ``Origin`` header; ``None`` if it is not one."""
+def _site(address: str) -> str:
+    """Host and port of an ``Origin`` header, or of an address; empty if it is none."""
     try:
-        return urlsplit(origin).netloc
+        return urlsplit(address).netloc.lower()
     except ValueError:
-        return None
+        return ""
 
 
 class OverviewData:
@@ -127,7 +128,7 @@ class OverviewData:
         services = self._services
         states = services.queue.jobs(limit, status)
         workers = services.queue.workers()
-        running = services.queue.states([worker["job"] for worker in workers if worker["job"]])
+        running = services.queue.listed([worker["job"] for worker in workers if worker["job"]])
         return Overview(
             model_version=services.model.model_version,
             stand_in=services.model.stand_in,
@@ -191,6 +192,7 @@ def overview_router(
     """The overview's routes, all behind basic authentication where it is set."""
     router = APIRouter(tags=["overview"], dependencies=[Depends(require_user)])
     settings = services.settings
+    names, public = KnownNames(settings), _site(settings.browser_url)
 
     @router.get("/", response_class=HTMLResponse)
     def page() -> HTMLResponse:
@@ -220,10 +222,14 @@ def overview_router(
     @router.post("/api/jobs/{key}/retry")
     def retry(key: str, request: Request, origin: Annotated[str | None, Header()] = None) -> dict[str, Any]:
         """Run a failed job again, whatever it failed of."""
-        # A browser adds the password to any site's request; it also says which site that was.
-        ours = {request.headers.get("host", ""), urlsplit(settings.browser_url).netloc}
-        if origin is not None and _site(origin) not in ours - {""}:
-            raise OriginRefused(f"A page of {origin} may not do this.", hint="Use the overview of this backend.")
+        # A browser adds the password to any site's request; it also says which site that was. Where it asked is the same site if a stranger's
+        # name leads here: only a name that is ours makes it ours.
+        site = None if origin is None else _site(origin)
+        if site not in (None, public) and not (site == request.headers.get("host", "").lower() and site in names):
+            raise OriginRefused(
+                f"A page of {origin} may not do this.",
+                hint="Use the overview of this backend. If this is it, set PUBLIC_URL to the address that your browser shows.",
+            )
         return services.queue.retry(key).as_dict()
 
     return router

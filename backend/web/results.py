@@ -43,7 +43,7 @@ def results_router(services: Services, require_user: Any) -> APIRouter:
     @router.get("/api/bags/{key}", dependencies=user)
     def bag(key: str) -> dict[str, Any]:
         """What is known of a bag: its job, and if it is stored its size, scale and provenance."""
-        state = services.queue.state(key)
+        state = services.queue.listed([key]).get(key)
         result = services.store.get(key, latents=False)
         if state is None and result is None:
             raise ResultNotFound(f"Nothing is known of bag {key}.", hint="Its slide has not been asked for.")

@@ -230,7 +230,8 @@ def test_without_a_password_only_signed_and_public_addresses_answer(
         services,
     ):
         opened = {}
-        for path, item in client.get("/openapi.json").json()["paths"].items():
+        assert client.get("/openapi.json").status_code == 401
+        for path, item in client.get("/openapi.json", auth=("ls", "right")).json()["paths"].items():
             for method in item:
                 address = path.replace("{key}", "0" * 40).replace("{name}", "0" * 40).replace("{token}", "x.y")
                 for name in ("{level}", "{column}", "{row}"):
