@@ -119,7 +119,7 @@ class SlideUnreadable(SlideError):
 
 
 class SlideTooLarge(SlideError):
-    """A plain image whose decoded size is over ``IMAGE_MAX_PIXELS``: probably a decompression bomb."""
+    """A plain image whose decoded size is over ``IMAGE_MAX_PIXELS``, probably a decompression bomb; or a view of a slide without coarse levels."""
 
     code = "slide_too_large"
 
@@ -171,7 +171,7 @@ class CheckpointUnreadable(ModelError):
 
 
 class CheckpointRefused(ModelError):
-    """A pickle in the checkpoint names something that a model does not need; nothing of it was executed."""
+    """The checkpoint holds something that a model does not need, or unpacks to more than one has; nothing of it was executed."""
 
     code = "checkpoint_refused"
 

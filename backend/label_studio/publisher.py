@@ -62,12 +62,15 @@ def push(services: Services, key: str, waiting: WaitingTask) -> Pushed | None:
         Label Studio is away, or the task is being answered: try again later.
     SourceError
         The task's slide is another one each time it is looked at.
+    HeadDamaged
+        The project's heads cannot be read. Its next training makes new ones, and pushes all anew.
     """
     if model_of(waiting.model_version) != services.model.model_version:
         log.info("task %d: %s is no longer the model, not pushed", waiting.task, waiting.model_version)
         return None
     # Heads may have been trained since the question: only what the project is at now counts there.
     waiting = replace(waiting, model_version=services.versions.version(waiting.project))
+    services.versions.in_use(waiting.project)  # never a prediction without the heads, in place of one with them
     if not _claim(services, waiting):
         raise TaskBusy(f"Task {waiting.task} is being answered by someone else.", hint="It is tried again by itself.")
     try:

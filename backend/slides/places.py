@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -12,12 +13,19 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
 
 import httpx
 
-from backend.errors import SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
+from backend.errors import DownloadFailed, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
 from backend.settings import Settings
 
 PlaceKind = Literal["file", "label_studio", "fsspec", "http"]
 
 _MAX_LENGTH = 8192
+_OF_THE_PATH = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.EINVAL,
+)  # and no passing state of the system
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _UPLOAD = re.compile(r"/data/upload/[^/]+/[^/]+$")
 _RESOLVE = re.compile(r"/(?:api/)?(?:tasks|projects)/\d+/(?:presign|resolve)/?")
@@ -106,7 +114,11 @@ def allowed_file(path: str, settings: Settings) -> Path:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise SourceRefused(f"{shown(path)} cannot be looked at: {error.strerror}.") from error
+            if error.errno in _OF_THE_PATH:
+                raise SourceRefused(f"{shown(path)} cannot be looked at: {error.strerror}.") from error
+            raise DownloadFailed(
+                f"{shown(path)} cannot be looked at now: {error.strerror}.", hint="Is its disk or network share there?"
+            ) from error
         if stat.S_ISDIR(status.st_mode):
             raise SourceRefused(
                 f"{shown(path)} is a folder.", hint="Name a file; of a DICOM slide, any one of its files."

@@ -19,7 +19,7 @@ from backend.results.bag import UInt8Array
 from backend.settings import Settings
 from backend.slides.direct_reader import DirectSlide
 from backend.slides.images import load_image, read_patch
-from backend.slides.levels import ImageSlide
+from backend.slides.levels import OVERVIEW_MAX_LEVEL_PX, ImageSlide
 from backend.slides.openslide_reader import OpenSlideSlide
 
 __all__ = ["DirectSlide", "ImageSlide", "OpenSlideSlide", "Slide", "open_slide", "read_patch"]
@@ -66,10 +66,15 @@ class Slide(Protocol):
         """
         ...
 
-    def overview(self, max_px: int) -> UInt8Array:
+    def overview(self, max_px: int, max_level_px: int = OVERVIEW_MAX_LEVEL_PX) -> UInt8Array:
         """The whole slide as uint8 (h, w, 3) RGB, its long side at most ``max_px`` and never enlarged.
 
         The array covers the slide's rectangle exactly: column j spans level-0 x from ``j * size[0] / w`` to ``(j + 1) * size[0] / w``.
+
+        Raises
+        ------
+        SlideTooLarge
+            More than ``max_level_px`` pixels of its coarsest fitting level would have to be read.
         """
         ...
 

@@ -75,7 +75,7 @@ class DownloadUnderWay(SourceError):
             come += f" of {download.total / 1e6:.1f}"
         super().__init__(
             f"{download.what} is being downloaded: {come} MB have come.",
-            hint="The download goes on by itself: open this page again in a while.",
+            hint="It goes on by itself.",
         )
         self.download = download
 

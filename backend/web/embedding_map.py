@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Iterable, Sequence
@@ -11,9 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from backend.errors import StoreUnavailable
 from backend.label_studio.services import Services
 from backend.learning.snapshot import ProjectSnapshot, words
 from backend.results.bag import Float32Array
+
+log = logging.getLogger(__name__)
 
 MAX_SLIDES = 5000
 
@@ -106,13 +110,20 @@ class EmbeddingMap:
                 self._made = (keys, self._make(keys))
             made = self._made[1]
             versions = self._services.versions
-            found = {p: snapshot for p in sorted(versions.projects()) if (snapshot := versions.snapshot(p)) is not None}
+            found = {p: snapshot for p in sorted(versions.projects()) if (snapshot := self._snapshot(p)) is not None}
             # A snapshot is the same object for as long as its file is the same.
             snapshots = list(found.values())
             told = self._told
             if told is None or told[0] is not made or not _same(told[1], snapshots):
                 told = self._told = (made, snapshots, _with_labels(made, found.items()))
             return told[2]
+
+    def _snapshot(self, project: int) -> ProjectSnapshot | None:
+        try:
+            return self._services.versions.snapshot(project)
+        except StoreUnavailable as error:
+            log.warning("the map lacks what project %d has learnt: %s", project, error)
+            return None
 
     def _make(self, keys: frozenset[str]) -> dict[str, Any]:
         fingerprint = self._services.model.fingerprint

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backend.errors import MppUnknown
 from backend.label_studio.services import Services
 from backend.results.bag import BagResult
+from backend.slides.levels import REGION_MAX_LEVEL_PX
 from backend.slides.reader import Slide
 from backend.slides.render import overlay
 from backend.slides.source import SlideRef
@@ -115,8 +116,13 @@ def heatmap_picture(slide: Slide, result: BagResult | None) -> bytes:
     """The whole slide with its heatmap and legend, JPEG; without a result the slide and a line that says so.
 
     For labelling configs that show it as a second image: one that cannot be loaded would keep their whole task from opening.
+
+    Raises
+    ------
+    SlideTooLarge
+        The slide has no coarse level, and is too large to be read whole for one picture.
     """
-    picture = Image.fromarray(slide.overview(HEATMAP_PX))
+    picture = Image.fromarray(slide.overview(HEATMAP_PX, REGION_MAX_LEVEL_PX))
     shown = (
         overlay(picture, result)
         if result is not None

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.errors import BackendError, HeadDamaged
+from backend.errors import BackendError, StoreUnavailable
 from backend.label_studio.services import Services
 from backend.learning.heads import HeadKind
 from backend.learning.registry import VersionInfo
@@ -78,6 +78,13 @@ class ProjectLearning:
         ``learning_problem``
             What cannot be read, '' for nothing.
         """
+        try:
+            return self._told(project)
+        except StoreUnavailable as error:
+            nothing: dict[str, Any] = {"version": "", "heads": [], "curve": [], "too_few": []}
+            return nothing | {"training": self._training(project), "learning_problem": str(error)}
+
+    def _told(self, project: int) -> dict[str, Any]:
         versions = self._services.versions
         found: dict[str, Any] = {"version": versions.version(project), "curve": [], "learning_problem": ""}
         heads, snapshot = versions.heads(project), versions.snapshot(project)
@@ -102,7 +109,7 @@ class ProjectLearning:
             if heads is None:
                 # In words what `versions.heads` said to the log.
                 versions.registry.current(project)
-        except HeadDamaged as error:
+        except BackendError as error:
             found["learning_problem"] = str(error)
         return found
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from label_studio_stub import PROJECT, StudioStub
 from redis import Redis
 from web_client import predict_body, served, store_result, task
 
-from backend.errors import StoreUnavailable
+from backend.errors import HeadDamaged, StoreUnavailable
 from backend.jobs.queue import WaitingTask
 from backend.jobs.redis_server import EmbeddedRedis
 from backend.jobs.scripts import answer_key
 from backend.label_studio.client import LabelStudioClient
 from backend.label_studio.publisher import TaskBusy, push
+from backend.label_studio.services import Services
+from backend.learning.heads import Head
+from backend.learning.training import fit_choice_head
 from backend.settings import Settings
 from backend.slides.synthetic import SyntheticSlide
 
@@ -105,3 +110,34 @@ def test_a_batch_is_told_that_the_store_is_away_rather_than_that_it_is_being_wor
             "and once it is back, they are queued"
         )
         assert services.queue.depths()["batch"] == 3
+
+
+def test_a_push_while_the_heads_are_damaged_takes_no_better_prediction_away(
+    studio: StudioStub,
+    tmp_path: Path,
+    embedded_redis: EmbeddedRedis,
+    redis: Redis,
+    stand_in: Path,
+    synthetic_slide: SyntheticSlide,
+) -> None:
+    more = {"label_studio_url": studio.url, "label_studio_api_key": "a-legacy-token-of-a-stub"}
+    with served(tmp_path, embedded_redis, stand_in, **more) as (_, services):
+        slide = tmp_path / "slides" / "slide.tif"
+        shutil.copy(synthetic_slide.path, slide)
+        key, number = store_result(services, slide), studio.add_task(slide)
+        labels = ["Tumour", "Normal"] * 10
+        x = np.random.default_rng(0).normal(size=(20, 768)) + np.array([[1.0], [-1.0]] * 10)
+        head = fit_choice_head("diagnosis", ("Tumour", "Normal"), x, labels, fingerprint=services.model.fingerprint)
+        assert isinstance(head, Head)
+        services.versions.registry.add(PROJECT, [head], model_version=services.model.model_version)
+        waiting = WaitingTask(PROJECT, number, "", services.model.model_version)
+        assert push(services, key, waiting) == "created"
+        (better,) = studio.of(number)
+        assert better["model_version"].endswith("-h1")
+        arrays = next((tmp_path / "heads" / str(PROJECT)).glob("*/arrays.safetensors"))
+        whole = arrays.read_bytes()
+        arrays.write_bytes(whole[: len(whole) // 2])
+        redis.flushall()  # the claim of the push above
+        with closing(Services(services.settings)) as started_since, pytest.raises(HeadDamaged):
+            push(started_since, key, waiting)
+        assert studio.of(number) == [better]
