@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +40,50 @@ from backend.settings import load_settings
 from backend.slides.synthetic import write_synthetic_slide
 from backend.web.signing import SlideSigner
 
-OPENS, WEBHOOKS, STREAMS, PANELS = 200, 1_000, 100, 50
 LIMIT_S = 1200.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How many of each at once.
+
+    Attributes
+    ----------
+    opens, webhooks, streams
+        Annotators who open a task, events in a burst beside them, panels that watch meanwhile; in each of ``rounds``.
+    rounds
+        Memory is compared between the second and the last.
+    retrieve
+        Tasks of the one large request before the rounds.
+    panels, slides
+        Panels that watch while the rate of so many new slides is measured.
+    turns
+        How often that is measured, with and without the panels.
+    """
+
+    opens: int = 200
+    webhooks: int = 1_000
+    streams: int = 100
+    rounds: int = 10
+    retrieve: int = 10_000
+    panels: int = 50
+    slides: int = 60
+    turns: int = 5
 
 
 class Load:
     """One set-up, and what is done to it."""
 
-    def __init__(self, port: int, services: Services, label_studio: Any, slides: Path, stored: Sequence[Path]) -> None:
-        self.port, self.services, self.studio, self.slides, self.stored = port, services, label_studio, slides, stored
+    def __init__(
+        self, size: Size, port: int, services: Services, label_studio: Any, slides: Path, stored: Sequence[Path]
+    ) -> None:
+        self.size, self.port, self.services = size, port, services
+        self.studio, self.slides, self.stored = label_studio, slides, stored
         self.signer = SlideSigner(services.settings.model_dir)
         self.errors: Counter[str] = Counter()
         self.first_error = ""
         self.fresh = 0
+        self.new_tasks: set[int] = set()
         self.tasks = 0
 
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> float:
@@ -71,8 +104,10 @@ class Load:
             connection.close()
         return time.perf_counter() - started
 
-    def task(self, slide: Path) -> dict[str, Any]:
+    def task(self, slide: Path, *, new: bool = False) -> dict[str, Any]:
         self.tasks += 1
+        if new:
+            self.new_tasks.add(self.tasks)
         data = {"image": str(slide), "slide": str(slide)}
         self.studio.tasks[self.tasks] = data
         return {"id": self.tasks, "data": data}
@@ -88,13 +123,16 @@ class Load:
         return path
 
     def opens(self) -> list[float]:
-        asked = [self.task(self.stored[i % len(self.stored)] if i % 2 else self.new_slide()) for i in range(OPENS)]
-        return at_once(OPENS, lambda i: self.predict([asked[i]]))
+        asked = [
+            self.task(self.stored[i % len(self.stored)] if i % 2 else self.new_slide(), new=not i % 2)
+            for i in range(self.size.opens)
+        ]
+        return at_once(self.size.opens, lambda i: self.predict([asked[i]]))
 
     def webhooks(self) -> list[float]:
         body = {"action": "ANNOTATION_CREATED", "project": {"id": 1}, "annotation": {"id": 1, "result": []}}
         secret = {WEBHOOK_SECRET_HEADER: self.services.webhook_secret}
-        return at_once(WEBHOOKS, lambda _: self.request("POST", "/webhook", body, secret), threads=64)
+        return at_once(self.size.webhooks, lambda _: self.request("POST", "/webhook", body, secret), threads=64)
 
     def watch(self, count: int) -> ExitStack:
         """So many event streams that stay open, each read by a thread."""
@@ -144,21 +182,12 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def main() -> None:
-    """Run, print, and with ``--record`` write down for docs/RELIABILITY.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--repeats", type=int, default=10, help="rounds; memory is compared between the second and the last"
-    )
-    parser.add_argument("--retrieve", type=int, default=10_000, help="tasks of the one large request")
-    parser.add_argument("--record", action="store_true", help="note the figures for docs/RELIABILITY.md")
-    given = parser.parse_args()
-    rows: dict[str, dict[str, Any]] = {}
+def run(size: Size, checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """Start everything, load it, end it; the rows of the table. ``checkpoint`` is the stand-in model's file."""
     with tempfile.TemporaryDirectory(prefix="wsc-load-") as name, studio(CONFIG) as label_studio:
         folder = Path(name)
         slides = folder / "slides"
         slides.mkdir()
-        checkpoint = ensure_checkpoint(load_settings())
         (folder / "cache" / "models").mkdir(parents=True)
         (folder / "cache" / "models" / STAND_IN_FILE).symlink_to(checkpoint)
         with EmbeddedRedis(folder) as redis:
@@ -182,9 +211,20 @@ def main() -> None:
             with serving(settings) as port, process_of(settings, "workers", "--devices", "cpu"):
                 while len(services.queue.workers()) < 3:
                     time.sleep(0.2)
-                load = Load(port, services, label_studio, slides, stored)
-                rows |= everything(load, given.repeats, given.retrieve)
+                rows = everything(Load(size, port, services, label_studio, slides, stored))
             services.close()
+    return rows
+
+
+def main() -> None:
+    """Run, print, and with ``--record`` write down for docs/RELIABILITY.md."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=10, help="rounds")
+    parser.add_argument("--retrieve", type=int, default=10_000, help="tasks of the one large request")
+    parser.add_argument("--record", action="store_true", help="note the figures for docs/RELIABILITY.md")
+    given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started ends with us
+    rows = run(Size(rounds=given.repeats, retrieve=given.retrieve), ensure_checkpoint(load_settings()))
     for row, counts in rows.items():
         print(f"{row}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     if given.record:
@@ -195,8 +235,9 @@ def main() -> None:
             record("load", row, **counts)
 
 
-def everything(load: Load, repeats: int, retrieve: int) -> dict[str, dict[str, Any]]:
+def everything(load: Load) -> dict[str, dict[str, Any]]:
     """The rows of the table."""
+    size, retrieve, repeats = load.size, load.size.retrieve, load.size.rounds
     tasks = [load.task(load.stored[i % len(load.stored)]) for i in range(retrieve)]
     retrieved = load.predict(tasks)
     seconds: dict[str, list[float]] = {"opens": [], "webhooks": []}
@@ -205,7 +246,7 @@ def everything(load: Load, repeats: int, retrieve: int) -> dict[str, dict[str, A
     memory: dict[str, list[float]] = {name: [] for name in pids}
     drained = load.drained()
     for _ in range(repeats):
-        with load.watch(STREAMS):
+        with load.watch(size.streams):
             hooks: list[float] = []
             burst = threading.Thread(target=lambda hooks=hooks: hooks.extend(load.webhooks()))
             burst.start()
@@ -216,30 +257,33 @@ def everything(load: Load, repeats: int, retrieve: int) -> dict[str, dict[str, A
         for process, pid in pids.items():
             memory[process].append(resident_mib(pid))
     doubled = sum(n > 1 for n in Counter(p["task"] for p in load.studio.predictions.values()).values())
-    rates: dict[int, list[float]] = {0: [], PANELS: []}
-    for _ in range(5):
+    # Of those that are new: what is stored is answered, and stays with whoever asked.
+    without = len(load.new_tasks - {int(p["task"]) for p in load.studio.predictions.values()})
+    rates: dict[int, list[float]] = {0: [], size.panels: []}
+    for _ in range(size.turns):
         for panels, found in rates.items():
             with load.watch(panels):
-                found.append(load.slides_per_s(60))
-    slower = 1 - statistics.median(b / a for a, b in zip(rates[0], rates[PANELS], strict=True))
+                found.append(load.slides_per_s(size.slides))
+    slower = 1 - statistics.median(b / a for a, b in zip(rates[0], rates[size.panels], strict=True))
     growth = {name: round(found[-1] - found[min(1, len(found) - 1)], 1) for name, found in memory.items()}
     return {
-        f"{OPENS} annotators open a task at once, × {repeats}": _latency(seconds["opens"]),
-        f"{WEBHOOKS} webhooks in a burst beside it, × {repeats}": _latency(seconds["webhooks"]),
+        f"{size.opens} annotators open a task at once, × {repeats}": _latency(seconds["opens"]),
+        f"{size.webhooks} webhooks in a burst beside it, × {repeats}": _latency(seconds["webhooks"]),
         f"one retrieve of {retrieve} tasks": {"requests": 1, "seconds": round(retrieved, 1)},
-        f"{STREAMS} event streams open meanwhile, × {repeats}": {"requests": STREAMS * repeats},
+        f"{size.streams} event streams open meanwhile, × {repeats}": {"requests": size.streams * repeats},
         "all of it": {
             "errors": sum(load.errors.values()),
             "queue_drained": str(drained).lower(),
             "predictions_pushed": len(load.studio.predictions),
             "doubled": doubled,
+            "without_prediction": without,
             **({"first_error": load.first_error or next(iter(load.errors))} if load.errors else {}),
         },
         "memory, second round to last (MiB)": growth,
-        f"slides/s lost while {PANELS} panels watch": {
+        f"slides/s lost while {size.panels} panels watch": {
             "percent": round(100 * slower, 1),
             "without": round(statistics.median(rates[0]), 1),
-            "with": round(statistics.median(rates[PANELS]), 1),
+            "with": round(statistics.median(rates[size.panels]), 1),
         },
     }
 
