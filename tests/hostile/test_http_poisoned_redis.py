@@ -77,7 +77,7 @@ def views(client: httpx.Client) -> dict[str, Any]:
         {"device_memory_bytes": "1e400"},
         {"pid": "9" * 5000},
     ],
-    ids=str,
+    ids=lambda fields: "-".join(fields),
 )
 def test_a_worker_of_nonsense_is_left_out(backend: Both, redis: Redis, fields: dict[str, Any]) -> None:
     client, _ = backend
