@@ -15,6 +15,7 @@ from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
 
 from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
+from backend.label_studio.api_errors import RedirectRefused, TaskGone, typed, was_sent
 from backend.label_studio.versions import is_ours, model_of
 from backend.settings import Settings
 
@@ -27,24 +28,6 @@ _TIMEOUT_S = 30.0
 _EXPORT_TIMEOUT_S = 300.0
 _PAGE_TASKS = 500
 _TITLES_TOLD = 10
-
-
-class TokenRefused(LabelStudioUnreachable):
-    """The token is not accepted (any more). An operator can change that, and then what waits goes on."""
-
-    code = "token_refused"
-
-
-class RedirectRefused(LabelStudioUnreachable):
-    """A redirect from ``LABEL_STUDIO_URL`` to another scheme, host or port. An operator can change the setting, and then what waits goes on."""
-
-    code = "redirect_refused"
-
-
-class TaskGone(LabelStudioError):
-    """The task or project was deleted in Label Studio: there is nothing to push to."""
-
-    code = "task_gone"
 
 
 class LabelStudioClient:
@@ -168,7 +151,7 @@ class LabelStudioClient:
         try:
             self._call(lambda: self.sdk.predictions.create(task=task, **prediction))
         except LabelStudioUnreachable as error:
-            if isinstance(error, RedirectRefused) or not _was_sent(error.__cause__):
+            if isinstance(error, RedirectRefused) or not was_sent(error.__cause__):
                 raise
             raise PushUnsure(error.message, hint=error.hint) from error
 
@@ -380,39 +363,12 @@ class LabelStudioClient:
             if error.status_code == 401:
                 # The next call begins anew: Label Studio may have forgotten a token that has not run out, as after a restart.
                 self.__dict__.pop("sdk", None)
-            raise _typed(error, self.url) from error
+            raise typed(error, self.url) from error
         except json.JSONDecodeError as error:  # the SDK, while it exchanges a token
             raise LabelStudioUnreachable(
                 f"At {self.url} something else answers than Label Studio (no JSON).",
                 hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
             ) from error
-
-
-def _was_sent(cause: BaseException | None) -> bool:
-    """Whether a request that failed of ``cause`` may have reached Label Studio all the same."""
-    if isinstance(cause, ApiError):
-        return (cause.status_code or 0) >= 500  # a proxy's time-out, for one
-    return not isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
-
-
-def _typed(error: ApiError, url: str) -> LabelStudioError:
-    status = error.status_code or 0
-    if status >= 500 or status == 429:
-        return LabelStudioUnreachable(f"Label Studio at {url} answers {status}.", hint="It is tried again by itself.")
-    if status < 400 or (status == 404 and not isinstance(error.body, Mapping)):
-        # Label Studio says so in JSON. Text is of something in front of it, which says that while Label Studio starts.
-        return LabelStudioUnreachable(
-            f"At {url} something else answers than Label Studio ({status}, no JSON).",
-            hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
-        )
-    if status in (401, 403):
-        return TokenRefused(
-            f"Label Studio at {url} refuses the token ({status}).",
-            hint="Set LABEL_STUDIO_API_KEY to a current token of a user who may edit the project.",
-        )
-    if status == 404:
-        return TaskGone(f"Label Studio at {url} does not know this any more (404).")
-    return LabelStudioError(f"Label Studio at {url} refuses the request ({status}): {str(error.body)[:300]}")
 
 
 def _content(result: Any, score: Any, cluster: Any = None) -> str:

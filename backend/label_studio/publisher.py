@@ -13,7 +13,8 @@ from backend.errors import LabelStudioUnreachable, SourceError
 from backend.jobs.pushes import note_push
 from backend.jobs.queue import BagRequest, WaitingTask
 from backend.label_studio.answers import Answers, slide_ref
-from backend.label_studio.client import Pushed, TaskGone
+from backend.label_studio.api_errors import TaskGone
+from backend.label_studio.client import Pushed
 from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.predictor import CLAIM_TTL_S
 from backend.label_studio.services import Services

@@ -17,7 +17,7 @@ from redis import Redis
 
 from backend.errors import HeadDamaged
 from backend.jobs.queue import WaitingTask
-from backend.label_studio.client import TaskGone
+from backend.label_studio.api_errors import TaskGone
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
 from backend.label_studio.learnt import slide_heads
 from backend.label_studio.publisher import services_of

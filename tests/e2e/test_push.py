@@ -15,7 +15,8 @@ from web_client import CONFIG, served, store_result
 from backend.errors import LabelStudioUnreachable
 from backend.jobs.queue import WaitingTask
 from backend.jobs.redis_server import EmbeddedRedis
-from backend.label_studio.client import LabelStudioClient, TokenRefused
+from backend.label_studio.api_errors import TokenRefused
+from backend.label_studio.client import LabelStudioClient
 from backend.label_studio.publisher import TaskBusy, push
 from backend.label_studio.services import Services
 from backend.settings import load_settings

@@ -17,7 +17,7 @@ from backend.errors import LabelConfigUnsupported
 from backend.jobs.queue import WaitingTask
 from backend.jobs.redis_server import EmbeddedRedis
 from backend.label_studio import rle
-from backend.label_studio.client import TaskGone
+from backend.label_studio.api_errors import TaskGone
 from backend.label_studio.publisher import push
 from backend.label_studio.services import Services
 from backend.label_studio.trainer import TrainingReport, train

@@ -12,7 +12,8 @@ import pytest
 from label_studio_stub import StudioStub
 
 from backend.errors import LabelStudioError, PushUnsure
-from backend.label_studio.client import LabelStudioClient, RedirectRefused
+from backend.label_studio.api_errors import RedirectRefused
+from backend.label_studio.client import LabelStudioClient
 from backend.settings import Settings
 
 PREDICTION = {"model_version": "v", "result": [], "score": 0.5}

@@ -108,7 +108,7 @@ def test_the_panel_says_how_far_the_download_is_and_shows_the_slide_once_it_is_h
     error = panels.slide_later(panels.far, 503, f" of {size} MB").json()["error"]
     assert (error["code"], error["retryable"]) == ("download_under_way", True)
     assert f"far.tif' is being downloaded: 0.0 of {size} MB have come." in error["message"]
-    assert "open this page again" in error["hint"]
+    assert "goes on by itself" in error["hint"]
     held.set()
     assert panels.slide_later(panels.far, 200).json()["width"] == 2048
     assert panels.tile(panels.far).status_code == 200
