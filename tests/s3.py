@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
 
 
@@ -26,8 +27,9 @@ class S3:
             time.sleep(0.05)
         self._buckets = itertools.count(1)
         self._patch = pytest.MonkeyPatch()
+        self._url = f"http://127.0.0.1:{port}"
         variables = {
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+            "AWS_ENDPOINT_URL": self._url,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -37,17 +39,27 @@ class S3:
 
     def bucket(self) -> str:
         """A new bucket, as a URL."""
-        import s3fs
-
         name = f"bucket-{next(self._buckets)}"
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
+        httpx.put(f"{self._url}/{name}", trust_env=False).raise_for_status()
         return f"s3://{name}"
 
     def stop(self) -> None:
         """End the server."""
+        forget_connections()
         self._patch.undo()
         self._server.terminate()
         self._server.wait(10)
+
+
+def forget_connections() -> None:
+    """Close what s3fs keeps open for the next who wants the same store: Python complains of it whenever it comes to clear up."""
+    from fsspec.asyn import get_loop, sync
+    from s3fs import S3FileSystem
+
+    for fs in S3FileSystem._cache.values():
+        if fs._s3 is not None:
+            sync(get_loop(), fs._s3.close)
+    S3FileSystem.clear_instance_cache()
 
 
 def _listens(port: int) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from s3 import S3
+from s3 import S3, forget_connections
 
 from backend.errors import ResultDamaged, ResultDamagedAgain, ResultNotFound, StoreUnavailable
 from backend.results.bag import Bag, BagResult, digest
@@ -215,9 +215,9 @@ def s3_that_is_away(s3: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody is there
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    s3fs.S3FileSystem.clear_instance_cache()  # with the addresses that they know
+    forget_connections()  # and the addresses that they know
     yield "s3://bucket-of-nobody/results"
-    s3fs.S3FileSystem.clear_instance_cache()
+    forget_connections()
 
 
 def test_a_store_that_does_not_answer_says_so(s3_that_is_away: str) -> None:
