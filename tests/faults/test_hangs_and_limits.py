@@ -126,6 +126,7 @@ def test_a_worker_without_a_pool_ends_itself_when_its_slide_hangs(
     record("faults", "a reader that hangs in C, worker without a pool", **tally.counts())
 
 
+@pytest.mark.faults_long
 def test_a_worker_whose_device_fails_ends_and_another_takes_the_slide(
     make_rig: Callable[..., Rig], own_redis: OwnRedis
 ) -> None:
