@@ -16,7 +16,14 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from backend.errors import BackendError, ResultDamaged, ResultDamagedAgain, ResultNotFound, StoreUnavailable
+from backend.errors import (
+    BackendError,
+    ResultDamaged,
+    ResultDamagedAgain,
+    ResultNotFound,
+    SettingsError,
+    StoreUnavailable,
+)
 from backend.results.bag import BagResult, Float32Array
 from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
 
@@ -43,6 +50,11 @@ class ResultStore:
     ----------
     url
         A folder: a local path, or any URL that fsspec knows (``s3://bucket/prefix``).
+
+    Raises
+    ------
+    SettingsError
+        fsspec does not know such a store, or lacks the package for it.
     """
 
     def __init__(self, url: str) -> None:
@@ -50,7 +62,13 @@ class ResultStore:
         self._fs: Any
         # fsspec may remember listings for ever, and others write here too.
         remembers_nothing = {"use_listings_cache": False} if "://" in url else {}
-        self._fs, self._root = fsspec.core.url_to_fs(url, **remembers_nothing)
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url, **remembers_nothing)
+        except (ImportError, ValueError) as error:
+            raise SettingsError(
+                f"RESULTS_URL {url!r} cannot be opened: {error}.",
+                hint="For s3, install the extra `s3`; other stores need the package that fsspec names.",
+            ) from error
         self._local = isinstance(self._fs, LocalFileSystem)
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._objects = not protocols.isdisjoint(_OBJECT_STORES)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from s3 import S3, forget_connections
 
-from backend.errors import ResultDamaged, ResultDamagedAgain, ResultNotFound, StoreUnavailable
+from backend.errors import ResultDamaged, ResultDamagedAgain, ResultNotFound, SettingsError, StoreUnavailable
 from backend.results.bag import Bag, BagResult, digest
 from backend.results.hdf5 import read_hdf5
 from backend.results.store import DAMAGED_MAX, ResultStore
@@ -206,6 +206,12 @@ def test_a_result_that_is_damaged_again_and_again_is_not_computed_for_ever(place
         store._fs.rm_file(aside)
     store.put(KEY, make_result())
     assert store.get(KEY) is not None
+
+
+@pytest.mark.parametrize(("url", "says"), [("gs://bucket/x", "gcsfs"), ("foo://x", "not known")])
+def test_a_store_of_a_kind_that_is_not_installed_says_what_to_do(url: str, says: str) -> None:
+    with pytest.raises(SettingsError, match=rf"RESULTS_URL.*{says}.*install the extra `s3`"):
+        ResultStore(url)
 
 
 @pytest.fixture
