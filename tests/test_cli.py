@@ -98,6 +98,12 @@ def test_doctor_says_what_is_there_and_what_is_missing(synthetic_slide: Syntheti
         assert words in done.stdout, words
 
 
+def test_doctor_opens_the_store_of_results(tmp_path: Path) -> None:
+    done = run("doctor", MODEL_DIR=str(tmp_path), RESULTS_URL="gs://bucket/results")
+    assert done.returncode == 1
+    assert "RESULTS_URL" in done.stdout and "gcsfs" in done.stdout
+
+
 def test_a_bad_setting_is_named(tmp_path: Path) -> None:
     done = run("doctor", TILE_PX="huge", MODEL_DIR=str(tmp_path))
     assert done.returncode == 2

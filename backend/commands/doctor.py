@@ -21,6 +21,7 @@ from backend.jobs.devices import devices_from
 from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import connect
 from backend.label_studio.client import LabelStudioClient
+from backend.results.store import ResultStore
 from backend.settings import Settings, licence_accepted
 from backend.slides.reader import open_slide
 from backend.slides.tiling import make_bag
@@ -175,6 +176,10 @@ def _storage(settings: Settings) -> Finding:
     free = shutil.disk_usage(existing).free / 2**30
     if not os.access(existing, os.W_OK):
         return Finding("problem", "storage", f"MODEL_DIR {folder} cannot be written")
+    try:
+        ResultStore(settings.results_location).has("0" * 40)
+    except BackendError as error:
+        return Finding("problem", "storage", str(error))
     return Finding(
         "ok" if free > 5 else "warning",
         "storage",
