@@ -70,6 +70,7 @@ def test_a_slide_that_becomes_a_pipe_before_it_is_opened_fails_with_its_reason(r
     record("faults", "a slide becomes a FIFO", tried=1, survived=0, failed_with_reason=1, lost=0, doubled=0)
 
 
+@pytest.mark.faults_long
 def test_a_slide_that_is_another_one_at_every_look_is_not_computed_for_ever(rig: Rig) -> None:
     """As one whose file is being written to, or whose server gives a new date at every request."""
     rig.order("restless.stored", "touch")

@@ -105,6 +105,7 @@ def test_what_was_stored_before_the_answer_was_lost_is_not_stored_twice(rig: Rig
     record("faults", "Label Studio stores a prediction and its answer is lost", **tally.counts())
 
 
+@pytest.mark.faults_long
 def test_what_is_stored_long_after_it_was_given_up_is_not_there_twice(rig: Rig) -> None:
     """Label Studio works on a request for longer than is waited, and ends it after the next try has stored the same."""
     late = iter([Fault(before_s=STORES_LATE_S - 2, effect=True)])

@@ -26,7 +26,7 @@ from backend.results.store import ResultStore
 from backend.settings import Settings
 
 PASSWORD = "geheim-und-lang"
-SLIDES = [f"slide-{i}" for i in range(12)]
+SLIDES = [f"slide-{i}" for i in range(9)]
 
 
 @contextmanager
