@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "fleet.py"
+from scripts import benchmark
 
 
 @pytest.fixture(scope="module")
 def fleet() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fleet", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fleet"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("fleet")
 
 
 def test_where_nothing_is_in_the_way_every_gpu_is_busy(fleet: ModuleType) -> None:
