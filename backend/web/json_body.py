@@ -157,7 +157,9 @@ def _piece(text: str, at: int) -> tuple[Any, int]:
             if whole:
                 raise JSONDecodeError(error.msg, text, at + error.pos) from None
         else:
-            if whole or end < len(piece):  # a number that ends with the piece may go on after it
+            if (
+                whole or end < len(piece) - 2
+            ):  # a number may go on behind the piece, which then ends with it, ".", "e" or "e-"
                 return value, at + end
     raise BodyTooLarge(f"A part of the request's body is over {MAX_PIECE_CHARS} characters, or no JSON.")
 

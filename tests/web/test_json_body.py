@@ -48,6 +48,13 @@ def test_an_object_is_read_as_python_reads_it(pieces: None) -> None:
     read()
 
 
+@pytest.mark.parametrize("number", [1e5, 12345678901, 1.5e-7, 1e16, -1e-300, 123456.75, -0.0])
+def test_a_number_is_read_whole_wherever_a_piece_ends(number: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    for length in range(1, 30):
+        monkeypatch.setattr(json_body, "_PIECES", (length, 10**9))
+        assert repr(parse_in_pieces(f'{{"a": {number!r}, "b": [{number!r}]}}')) == repr({"a": number, "b": [number]})
+
+
 def test_what_python_refuses_is_refused_at_the_same_place(pieces: None) -> None:
     @FEW
     @given(OBJECTS, st.data())
