@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from backend.errors import SlideNotFound, SlideUnreadable
 from backend.label_studio.check import check_prediction
+from backend.label_studio.json_texts import MAX_ANSWERS
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
 from backend.label_studio.learnt import NOTHING_LEARNT, fitting_tile_heads, learnt_of
 from backend.label_studio.regions import PercentBox, predict_regions
@@ -22,7 +23,6 @@ from backend.slides.source import SlideRef
 TaskData = Mapping[str, Any]
 
 _THUMBNAIL_PATH = re.compile(r"/thumbnails/([0-9a-f]{40})\.jpg")
-_CACHED_PREDICTIONS = 256
 
 
 def slide_ref(services: Services, config: LabelingConfig, data: TaskData) -> SlideRef:
@@ -108,7 +108,7 @@ class Answers:
         check_prediction(prediction, config_xml, image_size=size, may_be_empty=box is not None)
         with self._lock:
             self._made[name] = prediction
-            while len(self._made) > _CACHED_PREDICTIONS:
+            while len(self._made) > MAX_ANSWERS:
                 self._made.popitem(last=False)
         return prediction
 
