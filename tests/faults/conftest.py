@@ -83,7 +83,7 @@ def small_disk(disk_of_megabytes: Path | str) -> Path:
     return disk_of_megabytes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def standing(
     tmp_path_factory: pytest.TempPathFactory, small_slide: Path, checkpoint: Path, disk_of_megabytes: Path | str
 ) -> Iterator[Parts]:

@@ -106,9 +106,9 @@ def test_a_machine_that_joins_takes_work_and_one_that_leaves_loses_nothing(
 ) -> None:
     shared = f"{s3.bucket()}/results" if store == "S3" else ""
     asking, first, second = (machine(tmp_path, name, password_url, shared) for name in ("asking", "first", "second"))
-    queue = BagQueue(asking, connect(asking))
-    queue.submit_many([(bag(name, tile_s=0.08), None) for name in SLIDES], "batch")
-    with workers(first):
+    with connect(asking) as redis, workers(first):
+        queue = BagQueue(asking, redis)
+        queue.submit_many([(bag(name, tile_s=0.08), None) for name in SLIDES], "batch")
         eventually(lambda: ledger(first, "analysed"), "the first machine has begun")
         with workers(second) as [leaving]:
             log = second.model_dir / "worker.log"
@@ -160,9 +160,9 @@ def test_redis_over_tls(tmp_path: Path) -> None:
             pytest.skip(f"{Path(program).name} was built without TLS: install Debian's redis-tools")
         eventually(lambda: _answers(url), "Redis answers")
         asking, computing = (machine(tmp_path, name, url) for name in ("asking", "computing"))
-        queue = BagQueue(asking, connect(asking))
-        queue.submit(bag("a"), priority="batch")
-        with workers(computing):
+        with connect(asking) as redis, workers(computing):
+            queue = BagQueue(asking, redis)
+            queue.submit(bag("a"), priority="batch")
             eventually(lambda: (s := queue.state(key("a"))) and s.status == "finished", "the bag is computed")
         stranger = machine(tmp_path, "stranger", url.split("?")[0])
         with pytest.raises(QueueUnavailable):
