@@ -25,7 +25,10 @@ install: $(STAMP) panel  ## install the backend and its development tools into .
 demo: licence install  ## start everything and print the address to open (MODEL=checkpoint, SLIDES=folder are optional)
 	@$(BIN)/wsc-backend demo  # make hands MODEL, SLIDES and every other NAME=value on in the environment
 
-test: licence install chromium redis label-studio  ## install what the tests need and run them, but for the slow fault tests
+test: licence python-version  ## install what the tests need and run them, but for the slow fault tests
+	@$(MAKE) --no-print-directory label-studio & studio=$$!; \
+		$(MAKE) --no-print-directory install chromium redis || { kill $$studio; exit 1; }; \
+		wait $$studio  # side by side: both take minutes
 	@mkdir -p build
 	@$(BIN)/python -m pytest --basetemp=build/pytest -o tmp_path_retention_policy=failed -m 'not faults_long' $(PYTEST_ARGS)
 
@@ -106,5 +109,5 @@ redis:
 		echo 'No redis-server here, and only root can install redis-tools with apt-get: the test of TLS will be skipped.' >&2; \
 	fi
 
-label-studio: install
-	@$(BIN)/python -m backend.demo.label_studio_venv $(LABEL_STUDIO_VENV)
+label-studio: python-version
+	@$(PYTHON) -m backend.demo.label_studio_venv $(LABEL_STUDIO_VENV)
