@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 from typing import Annotated
@@ -131,7 +131,7 @@ def serve(
             stack.callback(pool.stop)
             pool.start()
             on_shutdown = pool.begin_stop
-        services = Services(settings)
+        services = stack.enter_context(closing(Services(settings)))
         console.print(
             f"Model {services.model.model_version}; listening on http://{settings.host}:{listener.getsockname()[1]}"
         )
@@ -188,16 +188,17 @@ def import_(
 
     settings = load_settings()
     configure_logging(settings.log_level, "import", settings.log_format)
-    done = import_slides(
-        Services(settings),
-        find_slides(slides),
-        project=project,
-        template=template,
-        mpp=mpp,
-        backend_url=backend_url,
-        retrieve=retrieve,
-        say=lambda line: console.print(line, highlight=False),
-    )
+    with closing(Services(settings)) as services:
+        done = import_slides(
+            services,
+            find_slides(slides),
+            project=project,
+            template=template,
+            mpp=mpp,
+            backend_url=backend_url,
+            retrieve=retrieve,
+            say=lambda line: console.print(line, highlight=False),
+        )
     console.print(
         f"{len(done.added)} slides added, {len(done.present)} were there already, {len(done.refused)} refused"
     )

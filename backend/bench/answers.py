@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ def run(plan: Plan) -> list[Figure]:
         with serving(settings) as port:
             side = plan.pick(448, 2048, 4096)
             first = write_synthetic_slide(slides / "slide.tif", size=(side, side), mpp=0.5, seed=3).path
-            stored = _store(Services(settings), first, plan.pick(3, _BATCH, _BATCH))
+            with closing(Services(settings)) as services:
+                stored = _store(services, first, plan.pick(3, _BATCH, _BATCH))
             return [
                 *_stored_one(port, stored, plan),
                 *_stored_many(port, stored, plan),
@@ -121,9 +122,12 @@ def _rate(port: int, stored: Sequence[Path], plan: Plan) -> list[Figure]:
 
 def _first_progress(port: int, slide: Path, settings: Settings, plan: Plan) -> list[Figure]:
     """From the moment of asking for a new slide to its first encoded tiles in Redis, with a warm worker."""
-    services = Services(settings)
     seconds = []
-    with process_of(settings, "workers", "--devices", plan.device), PredictClient(port) as client:
+    with (
+        closing(Services(settings)) as services,
+        process_of(settings, "workers", "--devices", plan.device),
+        PredictClient(port) as client,
+    ):
         for number in range(1 + plan.pick(1, 3, 7)):
             path = slide.with_name(f"new-{number}.tif")
             shutil.copyfile(slide, path)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,14 +116,14 @@ def running_demo(
         settings = _demo_settings(base, folder, root, listener.getsockname()[1])
         redis = stack.enter_context(EmbeddedRedis(settings.model_dir))
         say(f"Redis is up on a private socket ({redis.url.split('?')[0]})")
-        services = Services(settings)
-        _say_model(services, say)
+        with closing(Services(settings)) as services:
+            _say_model(services, say)
         stack.callback(studio.stop)
         studio.start(say)
         os.environ["LABEL_STUDIO_URL"] = studio.base_url
         os.environ["LABEL_STUDIO_API_KEY"] = studio.token
         settings = load_settings()
-        services = Services(settings)
+        services = stack.enter_context(closing(Services(settings)))
         pool = WorkerPool(settings)
         stack.callback(pool.stop)
         pool.start()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +70,12 @@ def running_backend(label_studio: Studio, stand_in: Path, folder: Path, **more: 
         for name, value in environment.items():
             patch.setenv(name, value)
         settings = load_settings()
-        with EmbeddedRedis(model_dir):
-            services = Services(settings)
+        with EmbeddedRedis(model_dir), closing(Services(settings)) as services:
             pool = WorkerPool(settings)
             server = ServerThread(services, listener)
             server.start()
-            yield Backend(services, pool)
-            pool.stop()
-            server.stop()
+            try:
+                yield Backend(services, pool)
+            finally:
+                pool.stop()
+                server.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def test_a_body_of_50_mb_is_refused_and_the_next_request_is_answered(backend) ->
 def test_the_secret_is_made_once_and_kept(backend) -> None:
     services = backend[1]
     assert len(services.webhook_secret) == 64
-    again = Services(services.settings)
-    assert again.webhook_secret == services.webhook_secret
+    with closing(Services(services.settings)) as again:
+        assert again.webhook_secret == services.webhook_secret
     file = services.settings.model_dir / "webhook.key"
     assert file.stat().st_mode & 0o077 == 0, "nobody else may read it"
