@@ -157,9 +157,8 @@ def _piece(text: str, at: int) -> tuple[Any, int]:
             if whole:
                 raise JSONDecodeError(error.msg, text, at + error.pos) from None
         else:
-            if (
-                whole or end < len(piece) - 2
-            ):  # a number may go on behind the piece, which then ends with it, ".", "e" or "e-"
+            # A number may go on behind the piece, which then ends with the part read here, or with that and ".", "e" or "e-".
+            if whole or end < len(piece) - 2:
                 return value, at + end
     raise BodyTooLarge(f"A part of the request's body is over {MAX_PIECE_CHARS} characters, or no JSON.")
 
