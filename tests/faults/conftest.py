@@ -79,7 +79,7 @@ def disk_of_megabytes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
 def small_disk(disk_of_megabytes: Path | str) -> Path:
     """A file system that a test can fill."""
     if isinstance(disk_of_megabytes, str):
-        pytest.skip(f"a small disk cannot be mounted here: {disk_of_megabytes}")
+        pytest.skip(f"filling a disk needs a small one, which only root may mount: {disk_of_megabytes}")
     return disk_of_megabytes
 
 

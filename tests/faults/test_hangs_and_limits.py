@@ -200,7 +200,10 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="who is whose child is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(),
+    reason="which processes are whose children is read from /proc, which only Linux has",
+)
 @pytest.mark.parametrize(
     "redis_too", [False, pytest.param(True, marks=pytest.mark.faults_long)], ids=["all but Redis", "Redis too"]
 )

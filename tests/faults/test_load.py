@@ -15,7 +15,9 @@ def load() -> ModuleType:
 
 
 @pytest.mark.faults_long  # answers that may have been lost are made up for after a minute, which is waited for
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory of other processes is read from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="memory of other processes is read from /proc, which only Linux has"
+)
 def test_many_people_at_once(load: ModuleType, stand_in: Path) -> None:
     size = load.Size(opens=60, webhooks=300, streams=20, rounds=2, retrieve=600, panels=10, slides=10, turns=1)
     rows = load.run(size, stand_in)

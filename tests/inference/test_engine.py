@@ -154,7 +154,9 @@ def test_bfloat16_stays_close_to_float32(blocks: NativeBlocks, bag: Bag) -> None
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="what runs on CUDA only is tested where torch finds a CUDA device"
+)
 def test_cuda_agrees_with_the_cpu(blocks: NativeBlocks, bag: Bag, stand_in: Path) -> None:
     on_cpu = Engine(blocks, identity()).analyse(bag, chunks([11]))
     on_cuda = Engine(NativeBlocks(stand_in, "cuda:0"), identity()).analyse(bag, chunks([11]))

@@ -216,7 +216,9 @@ def test_a_compiler_that_fails_costs_only_a_line_in_the_log(caplog: pytest.LogCa
 
 
 @pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="what runs on CUDA only is tested where torch finds a CUDA device"
+)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_on_cuda_every_tile_comes_back_in_its_place(test_data: Path, precision: str) -> None:
     """29 tiles in batches of 4: the last one is filled up, and two are always under way."""

@@ -145,7 +145,7 @@ def test_a_wrong_password_is_said_and_the_right_one_is_not(tmp_path: Path, passw
 def test_redis_over_tls(tmp_path: Path) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
-        pytest.skip("no openssl on this machine to make a certificate with")
+        pytest.skip("the certificate of a Redis with TLS is made by openssl, which is not here: install it")
     certificate, secret = tmp_path / "redis.crt", tmp_path / "redis.key"
     name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
     made = ["-keyout", str(secret), "-out", str(certificate), "-days", "2", "-nodes"]

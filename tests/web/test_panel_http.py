@@ -259,7 +259,8 @@ def test_the_page_paints_the_colours_of_the_servers_own_heatmaps() -> None:
 
 
 @pytest.mark.skipif(
-    shutil.which("node") is None, reason="Node.js is not installed: its JavaScript runs in the browser tests too"
+    shutil.which("node") is None,
+    reason="the page's JavaScript runs in Node.js here, which is not installed; the browser tests run it too",
 )
 def test_ranks_and_hot_tiles_in_the_browser_are_the_servers(opened: Opened, tmp_path: Path) -> None:
     """The module itself, on the block itself: with ties, which decide whether both sides mean the same."""
