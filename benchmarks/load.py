@@ -279,7 +279,7 @@ def everything(load: Load) -> dict[str, dict[str, Any]]:
             "without_prediction": without,
             **({"first_error": load.first_error or next(iter(load.errors))} if load.errors else {}),
         },
-        "memory, second round to last (MiB; of the server, its memory of answers, which is full at 64 MiB of JSON)": growth,
+        "memory, second round to last (MiB)": growth,
         f"slides/s lost while {size.panels} panels watch": {
             "percent": round(100 * slower, 1),
             "without": round(statistics.median(rates[0]), 1),
