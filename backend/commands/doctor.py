@@ -51,7 +51,7 @@ def examine(settings: Settings, slides: list[Path], mpp: float | None = None) ->
     yield _storage(settings)
     yield _roots(settings)
     for slide in slides:
-        yield _slide(settings, slide, mpp)
+        yield from _slide(settings, slide, mpp)
 
 
 def _packages() -> Iterator[Finding]:
@@ -198,18 +198,21 @@ def _roots(settings: Settings) -> Finding:
     return Finding("ok", "slide roots", ", ".join(map(str, settings.slide_roots)))
 
 
-def _slide(settings: Settings, path: Path, mpp: float | None) -> Finding:
+def _slide(settings: Settings, path: Path, mpp: float | None) -> Iterator[Finding]:
     try:
         with open_slide(path, settings) as slide:
             width, height = slide.size
             facts = f"{slide.reader}, {width} × {height} px"
             bag = make_bag(slide, settings, task_mpp=mpp)
     except BackendError as error:
-        return Finding("problem", path.name, str(error))
+        yield Finding("problem", path.name, str(error))
+        return
     columns, rows = bag.grid_size
-    return Finding(
+    yield Finding(
         "ok",
         path.name,
         f"{facts}, {bag.mpp:.4f} µm/px (from the {bag.mpp_source}), {len(bag)} tiles of {bag.tile_px} px at "
         f"{bag.tile_mpp} µm/px with tissue, of {columns * rows} in the grid",
     )
+    for note in bag.notes:
+        yield Finding("warning", path.name, note)

@@ -8,7 +8,7 @@ from backend.settings import Settings
 from backend.slides.source import SlideRef
 
 # Raised by one whenever reading, tiling or tissue detection changes what a bag holds for the same settings.
-ANALYSIS_VERSION = 2
+ANALYSIS_VERSION = 3
 
 
 def bag_key(ref: SlideRef, model: ModelIdentity, settings: Settings) -> str:
@@ -19,6 +19,7 @@ def bag_key(ref: SlideRef, model: ModelIdentity, settings: Settings) -> str:
             "slide": ref.identity,
             "kind": ref.kind,
             "task_mpp": ref.mpp,
+            "mpp_override": ref.mpp_override,
             "default_mpp": settings.default_mpp,
             "tile_px": settings.tile_px,
             "tile_mpp": settings.tile_mpp,

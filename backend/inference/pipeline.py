@@ -49,7 +49,9 @@ def analyse_ref(
     if ref.kind == "patches":
         result = analyse_patches(paths, settings, engine, progress)
     else:
-        result = analyse_file(paths[0], settings, engine, progress, task_mpp=ref.mpp)
+        result = analyse_file(
+            paths[0], settings, engine, progress, task_mpp=ref.mpp, mpp_override=ref.mpp_override
+        )
     if not any("?" in location for location in ref.locations):  # an address may carry a password in its query
         result = replace(result, provenance={**result.provenance, SLIDE_REF: json.dumps(ref.to_json())})
     progress("store", len(result.bag), len(result.bag))
@@ -58,14 +60,20 @@ def analyse_ref(
 
 
 def analyse_file(
-    path: Path, settings: Settings, engine: Engine, progress: StageProgress, *, task_mpp: float | None = None
+    path: Path,
+    settings: Settings,
+    engine: Engine,
+    progress: StageProgress,
+    *,
+    task_mpp: float | None = None,
+    mpp_override: bool = False,
 ) -> BagResult:
-    """Analyse one slide file. ``task_mpp``: µm per pixel for a file that does not say."""
+    """Analyse one slide file. ``task_mpp``: µm per pixel for a file that does not say; with ``mpp_override`` also for one that does."""
     started = time.time()
     progress("open", 0, 0)
     with open_slide(path, settings) as slide:
         progress("tissue", 0, 0)
-        bag = make_bag(slide, settings, task_mpp=task_mpp)
+        bag = make_bag(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
         progress("encode", 0, len(bag))
         tiles = read_tiles(slide, bag, chunk=engine.batch_tiles, threads=settings.read_threads)
         try:
@@ -83,7 +91,9 @@ def analyse_file(
                 },
             )
             # Who reads the pixels may change while they are read.
-            return replace(result, provenance={**result.provenance, "reader": slide.reader})
+            notes = tuple(dict.fromkeys((*bag.notes, *slide.notes)))
+            provenance = {**result.provenance, "reader": slide.reader, **({"notes": "\n".join(notes)} if notes else {})}
+            return replace(result, bag=replace(bag, notes=notes), provenance=provenance)
         finally:
             tiles.close()
 

@@ -14,6 +14,7 @@ _SMALL_BAG = 40  # in which ten tiles would be a large part anyway: there the hi
 _MPP_SOURCES: dict[MppSource, str] = {
     "slide": "from the slide's file",
     "task": "stated by the task",
+    "forced": "stated by the task, against the slide's file",
     "default": "assumed, by the setting DEFAULT_MPP",
     "none": "unknown",
 }
@@ -33,6 +34,7 @@ def summary_text(result: BagResult, model_version: str, similar: Sequence[Neighb
             f"{n} tiles of tissue analysed ({bag.tile_px} px at {bag.tile_mpp:g} µm/px).",
             f"Slide scale: {bag.mpp:.4g} µm/px, {_MPP_SOURCES[bag.mpp_source]}.",
         ]
+    lines += bag.notes
     if n >= _SMALL_BAG:
         share, even = float(attention[:_TOP].sum()), _TOP / n
         lines.append(

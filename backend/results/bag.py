@@ -27,7 +27,7 @@ SLIDE_REF = "slide_ref"
 """Name in a result's provenance of where the slide lies, as JSON text: for us, not for what is exported."""
 
 BagKind = Literal["slide", "patches"]
-MppSource = Literal["slide", "task", "default", "none"]
+MppSource = Literal["slide", "task", "default", "forced", "none"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +56,11 @@ class Bag:
         µm per level-0 pixel and who said so. 0.0 and ``"none"`` for patches.
     patch_sizes
         int64 (N, 2), width and height of each patch as given; ``None`` for slides.
+    bounds
+        x, y, width, height of the scanned area in level-0 pixels where the file states one (``openslide.bounds-*``), else ``None``. Coordinates do
+        not start there: they are always those of level 0.
+    notes
+        What a rule took away or overruled (a level, ink, a scale), a sentence each, for people: ``doctor``, the summary and the provenance show them.
     """
 
     kind: BagKind
@@ -69,6 +74,8 @@ class Bag:
     mpp: float
     mpp_source: MppSource
     patch_sizes: Int64Array | None = None
+    bounds: tuple[int, int, int, int] | None = None
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.coords)

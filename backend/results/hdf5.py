@@ -35,7 +35,18 @@ from backend.results.bag import Bag, BagResult, Float32Array
 from backend.results.seal import Range, make_seal, read_seal
 
 FORMAT_VERSION = 2
-_BAG_SCALARS = ("kind", "grid_size", "tile_size_level0", "slide_size", "tile_px", "tile_mpp", "mpp", "mpp_source")
+_BAG_SCALARS = (
+    "kind",
+    "grid_size",
+    "tile_size_level0",
+    "slide_size",
+    "tile_px",
+    "tile_mpp",
+    "mpp",
+    "mpp_source",
+    "bounds",
+    "notes",
+)
 
 
 def write_hdf5(result: BagResult, file: Path | BinaryIO) -> None:
@@ -108,8 +119,9 @@ def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
                 raise ValueError(f"format version {version}, this release reads {FORMAT_VERSION}")
             scalars: dict[str, Any] = json.loads(str(h5.attrs["bag"]))
             provenance = json.loads(str(h5.attrs["provenance"]))
-            for name in ("grid_size", "slide_size"):
-                scalars[name] = tuple(scalars[name])
+            for name in ("grid_size", "slide_size", "bounds", "notes"):
+                if scalars.get(name) is not None:  # earlier results have neither bounds nor notes
+                    scalars[name] = tuple(scalars[name])
             size = _size_of(file)
             bag = Bag(
                 coords=_array(h5, "coords", size),

@@ -54,8 +54,10 @@ class LevelSlide(ABC):
         reader: str,
         properties: Mapping[str, str],
         name: str,
+        bounds: tuple[int, int, int, int] | None = None,
     ) -> None:
         self.size = size
+        self.bounds = bounds
         self.level_downsamples = tuple(downsamples)
         self.reader = reader
         self.properties = properties
@@ -64,6 +66,16 @@ class LevelSlide(ABC):
         self.mpp_stated = f"{stated[0]:.4g} x {stated[1]:.4g} µm per pixel" if stated else "no scale"
         self._level_sizes = tuple(level_sizes)
         self._broken_levels: frozenset[int] = frozenset()
+        self._notes: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._notes
+
+    def _note(self, sentence: str) -> None:
+        """Have ``sentence`` said wherever people look at this slide or at its result."""
+        if sentence not in self._notes:
+            self._notes += (sentence,)
 
     @abstractmethod
     def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> tuple[Image.Image | UInt8Array, float, float]:

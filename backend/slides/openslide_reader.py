@@ -70,6 +70,7 @@ class OpenSlideSlide(LevelSlide):
                 reader=f"openslide {slide.properties.get(openslide.PROPERTY_NAME_VENDOR, '')}".strip(),
                 properties=_properties(slide),
                 name=path.name,
+                bounds=_bounds(slide.properties),
             )
         except BaseException:
             handle.slide.close()
@@ -200,6 +201,21 @@ def _properties(slide: openslide.OpenSlide) -> dict[str, str]:
     """What the file says of itself. A damaged one may list names that OpenSlide then does not find."""
     values = {name: slide.properties.get(name) for name in slide.properties}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _bounds(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:
+    """x, y, width, height of the scanned area, where the file states it in whole numbers."""
+    names = (
+        openslide.PROPERTY_NAME_BOUNDS_X,
+        openslide.PROPERTY_NAME_BOUNDS_Y,
+        openslide.PROPERTY_NAME_BOUNDS_WIDTH,
+        openslide.PROPERTY_NAME_BOUNDS_HEIGHT,
+    )
+    try:
+        x, y, width, height = (int(properties[name]) for name in names)
+    except (KeyError, ValueError):
+        return None
+    return x, y, width, height
 
 
 def _stated(properties: Mapping[str, str]) -> tuple[float, float] | None:

@@ -42,6 +42,10 @@ class Slide(Protocol):
         What the file says of itself.
     level_downsamples
         One number a level, the first is 1.0.
+    notes
+        What was found false in the file and is not used, a sentence each, for people. More may come while it is read.
+    bounds
+        x, y, width, height of the scanned area in level-0 pixels, where the file states one.
     """
 
     @property
@@ -56,6 +60,10 @@ class Slide(Protocol):
     def properties(self) -> Mapping[str, str]: ...
     @property
     def level_downsamples(self) -> tuple[float, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    @property
+    def bounds(self) -> tuple[int, int, int, int] | None: ...
 
     def read_region(
         self, x: float, y: float, size_level0: float, out_px: int, out: UInt8Array | None = None

@@ -47,16 +47,19 @@ class SlideRef:
         Text that changes when the content does: part of the bag key.
     mpp
         µm per pixel as the task states it, if it does.
+    mpp_override
+        Whether the task's ``mpp`` holds even where the slide states another.
     """
 
     kind: SlideKind
     locations: tuple[str, ...]
     identity: str
     mpp: float | None = None
+    mpp_override: bool = False
 
     def to_json(self) -> dict[str, object]:
         """JSON values only, for :meth:`from_json`."""
-        return {"kind": self.kind, "locations": list(self.locations), "identity": self.identity, "mpp": self.mpp}
+        return {"kind": self.kind, "locations": list(self.locations), "identity": self.identity, "mpp": self.mpp, "mpp_override": self.mpp_override}
 
     @classmethod
     def from_json(cls, value: object) -> SlideRef:
@@ -78,7 +81,10 @@ class SlideRef:
             raise SourceError("A slide reference has no identity.")
         if mpp is not None and (isinstance(mpp, bool) or not isinstance(mpp, int | float) or not math.isfinite(mpp)):
             raise SourceError(f"A slide reference's mpp must be a number, not {mpp!r}.")
-        return cls(cast(SlideKind, kind), tuple(locations), identity, None if mpp is None else float(mpp))
+        override = value.get("mpp_override", False)
+        if not isinstance(override, bool):
+            raise SourceError(f"A slide reference's mpp_override must be true or false, not {override!r}.")
+        return cls(cast(SlideKind, kind), tuple(locations), identity, None if mpp is None else float(mpp), override)
 
 
 class SourceResolver:
@@ -101,7 +107,9 @@ class SourceResolver:
         self._asked: dict[str, tuple[float, str]] = {}
         self._lock = threading.Lock()
 
-    def resolve(self, value: str | Sequence[str], *, mpp: float | None = None) -> SlideRef:
+    def resolve(
+        self, value: str | Sequence[str], *, mpp: float | None = None, mpp_override: bool = False
+    ) -> SlideRef:
         """What the value of a task's field is. Downloads nothing; asks the server about http and Label Studio local files.
 
         Parameters
@@ -110,6 +118,8 @@ class SourceResolver:
             A path, a URL, or a list of them (a bag of patches).
         mpp
             The task's µm per pixel.
+        mpp_override
+            Whether it holds even where the slide states another.
 
         Raises
         ------
@@ -125,7 +135,7 @@ class SourceResolver:
         if isinstance(value, list | tuple):
             return self._resolve_patches(value, mpp)
         place = classify(value, self._settings)
-        return SlideRef(place.kind, (place.location,), self._identity(place), mpp)
+        return SlideRef(place.kind, (place.location,), self._identity(place), mpp, mpp_override and mpp is not None)
 
     def fetch(self, ref: SlideRef) -> tuple[Path, ...]:
         """The slide as local files, downloaded if need be: one, or one for each patch.

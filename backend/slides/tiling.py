@@ -22,8 +22,10 @@ MAX_ENLARGEMENT = 1.5
 _OVERVIEW_MAX_PX = 20_000
 
 
-def slide_mpp(slide: Slide, settings: Settings, *, task_mpp: float | None) -> tuple[float, MppSource]:
-    """µm per level-0 pixel, and who said so: the slide, else the task, else ``DEFAULT_MPP``.
+def slide_mpp(
+    slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_override: bool = False
+) -> tuple[float, MppSource]:
+    """µm per level-0 pixel, and who said so: the slide, else the task, else ``DEFAULT_MPP``; with ``mpp_override`` the task before the slide.
 
     Raises
     ------
@@ -32,6 +34,8 @@ def slide_mpp(slide: Slide, settings: Settings, *, task_mpp: float | None) -> tu
     """
     if task_mpp is not None:
         check_task_mpp(task_mpp)
+    if task_mpp is not None and mpp_override:
+        return task_mpp, "forced"
     if slide.mpp is not None:
         return slide.mpp, "slide"
     if task_mpp is not None:
@@ -44,7 +48,7 @@ def slide_mpp(slide: Slide, settings: Settings, *, task_mpp: float | None) -> tu
     )
 
 
-def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None) -> Bag:
+def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_override: bool = False) -> Bag:
     """Choose the tiles of a slide, row by row.
 
     A tile belongs to the bag if at least ``TISSUE_MIN_FRACTION`` of its full area is tissue; what sticks out of the slide is not tissue.
@@ -64,7 +68,7 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None) -> Bag
     if min(slide.size) < 0.99 * settings.tile_px / MAX_ENLARGEMENT:
         # Too small at any scale that would be accepted, so this is said first, even where the scale is unknown.
         raise _too_small(slide, settings.tile_px / MAX_ENLARGEMENT, settings)
-    mpp, source = slide_mpp(slide, settings, task_mpp=task_mpp)
+    mpp, source = slide_mpp(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
     if mpp > MAX_ENLARGEMENT * settings.tile_mpp:
         raise SlideTooCoarse(
             f"The slide has {mpp:g} µm per pixel (by the {source}), and tiles need {settings.tile_mpp:g}.",
@@ -103,6 +107,8 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None) -> Bag
         tile_mpp=settings.tile_mpp,
         mpp=mpp,
         mpp_source=source,
+        bounds=slide.bounds,
+        notes=slide.notes,
     )
 
 

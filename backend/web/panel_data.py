@@ -71,7 +71,7 @@ def slide_json(ref: SlideRef, slide: Slide, services: Services) -> dict[str, Any
     """Size and scale of an open slide: ``name``, ``width`` and ``height`` (level-0 pixels), ``mpp`` (µm per pixel or ``None``), ``mpp_source``,
     and how it is cut."""
     try:
-        mpp, source = slide_mpp(slide, services.settings, task_mpp=ref.mpp)
+        mpp, source = slide_mpp(slide, services.settings, task_mpp=ref.mpp, mpp_override=ref.mpp_override)
     except MppUnknown:
         # It can be looked at all the same, without a scale bar; that it cannot be analysed is said by its job.
         mpp, source = None, None
