@@ -9,17 +9,26 @@ import threading
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from backend import __version__, cli_learning
 from backend.cli_parts import console, embedded_redis, errors, need_licence
 from backend.errors import BackendError
 from backend.logs import configure_logging
 from backend.settings import load_settings
+
+if TYPE_CHECKING:  # each command imports what it needs
+    from collections.abc import Sequence
+
+    from backend.commands.predict import Outcome
+    from backend.inference.engine import Engine
+    from backend.slides.discover import Found
 
 app = typer.Typer(
     name="wsc-backend",
@@ -46,7 +55,7 @@ def main() -> None:
     try:
         app()
     except BackendError as error:
-        errors.print(f"[bold red]{type(error).__name__}[/]: {error.message}", highlight=False)
+        errors.print(f"[bold red]{type(error).__name__}[/]: {escape(error.message)}", highlight=False)
         if error.hint:
             errors.print(error.hint, highlight=False, markup=False)
         sys.exit(2)
@@ -74,13 +83,14 @@ def demo(
     ] = False,
 ) -> None:
     """Start everything on this machine and print the address to open: Label Studio, Redis, workers, backend, slides."""
+    need_licence()
     from backend.demo.run import running_demo, watch
 
     _stop_on_sigterm()
     _log_to_file(folder / "demo.log")
 
     def say(line: str) -> None:
-        console.print(f"[dim]·[/] {line}", highlight=False)
+        console.print(f"[dim]·[/] {escape(line)}", highlight=False)
 
     with running_demo(
         folder,
@@ -113,6 +123,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve the protocol of Label Studio. Slides are analysed by `wsc-backend workers`, here or on other machines."""
+    if with_workers:
+        need_licence()
     from backend.jobs.pool import WorkerPool
     from backend.label_studio.services import Services
     from backend.web.server import bind, make_server
@@ -126,7 +138,6 @@ def serve(
         stack.callback(listener.close)
         embedded_redis(stack, settings)
         if with_workers:
-            need_licence()
             pool = WorkerPool(settings)
             stack.callback(pool.stop)
             pool.start()
@@ -145,9 +156,9 @@ def workers(
     ] = None,
 ) -> None:
     """Analyse queued slides: one process on each device, restarted when it dies. Ctrl-C ends it in seconds; a running slide goes back to its queue."""
+    need_licence()
     from backend.jobs.pool import WorkerPool
 
-    need_licence()
     _stop_on_sigterm()
     settings = load_settings(**({"devices": devices} if devices else {}))
     configure_logging(settings.log_level, "workers", settings.log_format)
@@ -188,21 +199,23 @@ def import_(
 
     settings = load_settings()
     configure_logging(settings.log_level, "import", settings.log_format)
+    found = find_slides(slides)
+    _say_passed_over(found)
     with closing(Services(settings)) as services:
         done = import_slides(
             services,
-            find_slides(slides),
+            found.slides,
             project=project,
             template=template,
             mpp=mpp,
             backend_url=backend_url,
             retrieve=retrieve,
-            say=lambda line: console.print(line, highlight=False),
+            say=lambda line: console.print(line, highlight=False, markup=False),
         )
     console.print(
         f"{len(done.added)} slides added, {len(done.present)} were there already, {len(done.refused)} refused"
     )
-    console.print(f"Open {done.url}", highlight=False)
+    console.print(f"Open {done.url}", highlight=False, markup=False)
     if done.refused:
         raise typer.Exit(1)
 
@@ -215,24 +228,24 @@ def predict(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
     ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Analyse also what is analysed already.")] = False,
 ) -> None:
-    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath."""
+    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath. Again analyses only what is not there."""
+    need_licence()  # before seconds of imports
+    from backend.commands.hints import explain
     from backend.commands.predict import predict_files
-    from backend.inference.engine import load_engine
-    from backend.jobs.devices import devices_from
+    from backend.commands.result_folders import check_writable
     from backend.slides.discover import find_slides
 
-    need_licence()
     settings = load_settings()
     configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "predict")
+    check_writable(out)
     found = find_slides(slides)
-    with console.status("Loading the model"):
-        engine = load_engine(settings, device or devices_from(settings.devices)[0])
-    if engine.identity.stand_in:
-        console.print("[yellow]MODEL is not set: this is the stand-in model, its results have no medical meaning.[/]")
+    count = len(found.slides)
+    _say_passed_over(found)
     columns = (
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[counted]}"),
         TimeRemainingColumn(),
@@ -240,23 +253,46 @@ def predict(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("", counted="", total=None)
 
+        def load() -> Engine:
+            from backend.inference.engine import load_engine
+            from backend.jobs.devices import devices_from
+
+            bar.update(task, counted="loading the model")
+            engine = load_engine(settings, device or devices_from(settings.devices)[0])
+            if engine.identity.stand_in:
+                bar.console.print(
+                    "[yellow]MODEL is not set: this is the stand-in model, its results have no medical meaning.[/]"
+                )
+            return engine
+
+        def on_look(number: int, slide: Path) -> None:
+            bar.update(task, description=f"Looking at {slide.name}", completed=number, total=count)
+
         def on_slide(number: int, slide: Path) -> None:
-            bar.reset(task, description=f"[{number + 1}/{len(found)}] {slide.name}", total=None, counted="")
+            bar.reset(task, description=f"[{number + 1}/{count}] {slide.name}", total=None, counted="")
+
+        def on_error(outcome: Outcome) -> None:
+            assert outcome.error is not None
+            bar.console.print(Text.assemble((f"{outcome.slide}: ", "bold"), (explain(outcome.error), "red")))
 
         def progress(stage: str, done: int, total: int) -> None:
             counted = f"{stage} {done}/{total} tiles" if total else stage
             bar.update(task, completed=done, total=total or None, counted=counted)
 
-        outcomes = predict_files(found, out, settings, engine, mpp=mpp, on_slide=on_slide, progress=progress)
+        outcomes = predict_files(
+            found.slides,
+            out,
+            settings,
+            load,
+            mpp=mpp,
+            again=again,
+            on_look=on_look,
+            on_slide=on_slide,
+            on_error=on_error,
+            progress=progress,
+        )
         bar.update(task, visible=False)
-    table = Table("slide", "tiles", "µm/px", "written to")
-    for outcome in outcomes:
-        if outcome.result is not None:
-            bag = outcome.result.bag
-            table.add_row(outcome.slide.name, str(len(bag)), f"{bag.mpp:.4f} ({bag.mpp_source})", str(outcome.folder))
-        else:
-            table.add_row(outcome.slide.name, "–", "–", f"[red]{outcome.error}[/]")
-    console.print(table)
+    console.print(_predicted(outcomes))
     if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
 
@@ -275,7 +311,7 @@ def doctor(
     with console.status("Looking around"):
         for finding in examine(load_settings(), slides or [], mpp):
             problems += finding.verdict == "problem"
-            table.add_row(signs[finding.verdict], finding.subject, finding.text)
+            table.add_row(signs[finding.verdict], escape(finding.subject), escape(finding.text))
     console.print(table)
     if problems:
         raise typer.Exit(1)
@@ -302,7 +338,7 @@ def bench(
 
     A benchmark that fails is named at the end, with exit status 1; the others are measured all the same.
     """
-    from collections.abc import Sequence
+    need_licence()
 
     from backend.bench.measure import Figure
     from backend.bench.report import machine, save, table
@@ -310,7 +346,6 @@ def bench(
     from backend.jobs.devices import devices_from
 
     names = chosen(only)
-    need_licence()
     settings = load_settings()
     configure_logging("WARNING", "bench")
     device = device or devices_from(settings.devices)[0]
@@ -359,6 +394,29 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         console.print(__version__)
         raise typer.Exit
+
+
+def _say_passed_over(found: Found) -> None:
+    if found.passed_over:
+        console.print(found.summary, highlight=False, markup=False)
+
+
+def _predicted(outcomes: Sequence[Outcome]) -> Table:
+    """What became of each slide of `predict`."""
+    from backend.commands.hints import explain
+
+    table = Table("slide", "tiles", "µm/px", "written to")
+    for column in table.columns:
+        column.overflow = "fold"  # a path that is cut off is none
+    origins = {"analysed": "", "folder": " (was there already)", "store": " (from the store of results)"}
+    for outcome in outcomes:
+        name = escape(outcome.slide.name)
+        if outcome.error is not None or outcome.bag is None:
+            table.add_row(name, "–", "–", f"[red]{escape(explain(outcome.error)) if outcome.error else ''}[/]")
+        else:
+            scale = f"{outcome.bag.mpp:.4f} ({outcome.bag.mpp_source})"
+            table.add_row(name, str(len(outcome.bag)), scale, f"{escape(str(outcome.folder))}{origins[outcome.origin]}")
+    return table
 
 
 def _stop_on_sigterm() -> None:

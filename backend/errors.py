@@ -373,6 +373,18 @@ class FileExists(BackendError):
     http_status = 409
 
 
+class OutputUnusable(BackendError):
+    """The place that results are to be written to is a file, may not be written, or is full."""
+
+    code = "output_unusable"
+
+
+class UnexpectedFailure(BackendError):
+    """A library failed on one slide in a way that has no error of its own here; the log has the traceback."""
+
+    code = "unexpected_failure"
+
+
 class ExtraMissing(BackendError):
     """What was asked for needs packages that are installed only on request."""
 

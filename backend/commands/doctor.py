@@ -7,7 +7,7 @@ import ipaddress
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,14 @@ from typing import Literal
 
 import httpx
 
+from backend.commands.hints import explain
 from backend.errors import BackendError, LicenceNotAccepted
 from backend.inference.checkpoint import MMM_DISTRIBUTION, file_sha256, locate
 from backend.jobs.devices import devices_from
 from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import connect
 from backend.label_studio.client import LabelStudioClient
+from backend.paths import StrPath
 from backend.results.store import ResultStore
 from backend.settings import Settings, licence_accepted
 from backend.slides.reader import open_slide
@@ -40,7 +42,7 @@ class Finding:
     text: str
 
 
-def examine(settings: Settings, slides: list[Path], mpp: float | None = None) -> Iterator[Finding]:
+def examine(settings: Settings, slides: Sequence[StrPath], mpp: float | None = None) -> Iterator[Finding]:
     """All findings, one after the other. Nothing here raises: a failed check is a finding."""
     yield from _packages()
     yield _licence()
@@ -51,7 +53,7 @@ def examine(settings: Settings, slides: list[Path], mpp: float | None = None) ->
     yield _storage(settings)
     yield _roots(settings)
     for slide in slides:
-        yield from _slide(settings, slide, mpp)
+        yield from _slide(settings, Path(slide), mpp)
 
 
 def _packages() -> Iterator[Finding]:
@@ -205,7 +207,7 @@ def _slide(settings: Settings, path: Path, mpp: float | None) -> Iterator[Findin
             facts = f"{slide.reader}, {width} × {height} px"
             bag = make_bag(slide, settings, task_mpp=mpp)
     except BackendError as error:
-        yield Finding("problem", path.name, str(error))
+        yield Finding("problem", path.name, explain(error))
         return
     columns, rows = bag.grid_size
     yield Finding(

@@ -18,6 +18,7 @@ from backend.label_studio.teaching import Lesson, Progress, Teacher
 from backend.learning.heads import Float64Array, Head, predict
 from backend.learning.labels import SLIDE_KINDS, SlideLabel, Target
 from backend.learning.snapshot import ProjectSnapshot, words
+from backend.paths import StrPath
 from backend.results.slide_table import Cell, Column, ColumnKind, SlideTable, write_table, writer
 
 Said = Callable[[str], None]
@@ -38,7 +39,7 @@ class Exported:
 def export_project(
     services: Services,
     project: str,
-    path: Path,
+    path: StrPath,
     *,
     kind: str = "",
     overwrite: bool = False,
@@ -58,6 +59,7 @@ def export_project(
     ExportUnsupported, FileExists, ExtraMissing
         As of :func:`~backend.results.slide_table.write_table`, before anything is read.
     """
+    path = Path(path)
     writer(path, kind, overwrite=overwrite)
     found = services.client.need_project(project)
     number = int(found.id)

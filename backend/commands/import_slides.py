@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from backend.errors import BackendError, LabelStudioError, SourceRefused
+from backend.commands.hints import explain
+from backend.commands.one_slide import failures_named
+from backend.errors import BackendError, LabelStudioError, SourceError, SourceRefused
 from backend.label_studio.events import WEBHOOK_SECRET_HEADER
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.services import Services
+from backend.paths import StrPath
+from backend.settings import Settings
+from backend.slides.dicom_series import slide_instance
+from backend.slides.places import classify
 from backend.slides.reader import open_slide
 from backend.web.signing import SlideSigner
 
@@ -44,7 +51,7 @@ class Imported:
 
 def import_slides(
     services: Services,
-    slides: Sequence[Path],
+    slides: Sequence[StrPath],
     *,
     project: str,
     template: str = "triage",
@@ -53,7 +60,7 @@ def import_slides(
     retrieve: bool = True,
     say: Said = lambda _: None,
 ) -> Imported:
-    """Make every slide a task of ``project``. Running it again adds only new slides.
+    """Make every slide a task of ``project``. Running it again adds only new slides: one that is a task under another name counts as present.
 
     Parameters
     ----------
@@ -81,20 +88,22 @@ def import_slides(
     number = int(found.id)
     done = Imported(number, f"{client.url}/projects/{number}/data")
     signer = SlideSigner(services.settings.model_dir)
-    known = client.task_field_values(number, "slide")
+    known = _KnownSlides(client.task_field_values(number, "slide"), services.settings)
     tasks = []
-    for slide in slides:
-        path = slide.resolve()
-        if str(path) in known:
-            done.present.append(slide)
-            continue
+    for slide in map(Path, slides):
         try:
-            task = _task(services, signer, path, mpp, number)
+            with failures_named(slide):
+                path = slide.resolve()
+                if path in known:
+                    done.present.append(slide)
+                    continue
+                task = _task(services, signer, path, mpp, number) | {"name": slide.name}
         except BackendError as error:
             done.refused.append((slide, error))
-            say(f"{slide.name}: {error}")
+            say(f"{slide.name}: {explain(error)}")
             continue
         tasks.append(task)
+        known.add(path)
         done.added.append(slide)
         say(f"{slide.name}: thumbnail made")
     if tasks:
@@ -111,6 +120,43 @@ def import_slides(
     return done
 
 
+class _KnownSlides:
+    """The slides of a project's tasks, under whatever name: by text, by file (all links to it), and by DICOM instance (copies, other levels)."""
+
+    def __init__(self, values: Iterable[str], settings: Settings) -> None:
+        self._values = set(values)
+        self._settings = settings
+        self._files: dict[tuple[int, int], Path] | None = None
+        self._instances: set[str] | None = None
+
+    def __contains__(self, path: Path) -> bool:
+        if str(path) in self._values:
+            return True
+        if self._files is None:  # only now, as a look at every file of a large project takes its time
+            self._files = dict(self._local())
+        status = path.stat()
+        if (status.st_dev, status.st_ino) in self._files:
+            return True
+        instance = slide_instance(path)
+        if instance and self._instances is None:
+            self._instances = set()
+            for known in self._files.values():
+                with suppress(OSError):  # it can no longer be read, and then it is not this one
+                    self._instances.add(slide_instance(known))
+        return bool(instance) and instance in (self._instances or ())
+
+    def add(self, path: Path) -> None:
+        self._values.add(str(path))
+
+    def _local(self) -> Iterator[tuple[tuple[int, int], Path]]:
+        for value in self._values:
+            with suppress(SourceError, OSError):  # a slide that is not to be opened here is none of those that are
+                place = classify(value, self._settings)
+                if place.kind == "file":
+                    status = Path(place.location).stat()
+                    yield (status.st_dev, status.st_ino), Path(place.location)
+
+
 def _task(services: Services, signer: SlideSigner, path: Path, mpp: float | None, project: int) -> dict[str, object]:
     settings = services.settings
     if not any(path.is_relative_to(root) for root in settings.slide_roots):
@@ -125,7 +171,6 @@ def _task(services: Services, signer: SlideSigner, path: Path, mpp: float | None
     task: dict[str, object] = {
         "image": f"{settings.browser_url}/thumbnails/{thumbnail.id}.jpg",
         "slide": str(path),
-        "name": path.name,
     }
     if states_mpp:
         ref = replace(ref, mpp=None)

@@ -1,83 +1,224 @@
-"""``wsc-backend predict``: slides on disk → heatmap, regions, HDF5, GeoJSON. Neither Label Studio nor Redis."""
+"""``wsc-backend predict``: slides on disk → heatmap, regions, HDF5, GeoJSON. Neither Label Studio nor Redis.
+
+What is analysed already, in the folder of a former call or in the store of results, is not analysed again. In a slide's folder ``result.h5`` is
+written first; all other files are made of it and of the slide, so that a call that was killed is completed without the model.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
 
-from backend.errors import BackendError
-from backend.inference.engine import Engine
+from backend.commands.one_slide import failures_named
+from backend.commands.result_folders import RESULT, ResultFolders, check_writable, slide_id, writing_to, written_there
+from backend.errors import BackendError, StoreUnavailable
+from backend.inference.checkpoint import ModelIdentity, model_identity
+from backend.inference.key import bag_key
 from backend.inference.pipeline import StageProgress, analyse_file
 from backend.label_studio.check import check_prediction
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.regions import predict_regions
-from backend.results.bag import BagResult
-from backend.results.export import to_geojson, write_json
-from backend.results.hdf5 import write_hdf5
+from backend.paths import StrPath
+from backend.results.bag import BAG_KEY, SLIDE_ID, SLIDE_REF, Bag, BagResult
+from backend.results.export import to_geojson, whole_file, write_json
+from backend.results.hdf5 import read_hdf5
+from backend.results.store import ResultStore
 from backend.settings import Settings
 from backend.slides.reader import open_slide
 from backend.slides.render import SHOWN_MAX_PX, overlay, shown_size
+from backend.slides.source import SlideRef, file_identity
+from backend.slides.tiling import slide_grid
+
+if TYPE_CHECKING:  # a call that finds all results there loads no torch
+    from backend.inference.engine import Engine
+
+log = logging.getLogger(__name__)
+
+DERIVED = ("heatmap.png", "regions.json", "tiles.geojson")
+"""What is made of ``result.h5`` and the slide."""
+
+Origin = Literal["analysed", "folder", "store"]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one slide: the folder of its files and its result, or the error."""
+    """What became of one slide: the folder of its files and its bag, or the error.
+
+    Attributes
+    ----------
+    origin
+        Where the result is from: analysed now, of a former call into this folder, or of the store of results.
+    """
 
     slide: Path
     folder: Path | None = None
-    result: BagResult | None = None
+    bag: Bag | None = None
+    origin: Origin = "analysed"
     error: BackendError | None = None
 
 
 def predict_files(
-    slides: Sequence[Path],
-    out: Path,
+    slides: Iterable[StrPath],
+    out: StrPath,
     settings: Settings,
-    engine: Engine,
+    engine: Engine | Callable[[], Engine],
     *,
     mpp: float | None = None,
+    again: bool = False,
+    on_look: Callable[[int, Path], None] = lambda *_: None,
     on_slide: Callable[[int, Path], None] = lambda *_: None,
+    on_error: Callable[[Outcome], None] = lambda _: None,
     progress: StageProgress = lambda *_: None,
 ) -> list[Outcome]:
-    """Analyse each slide and write its files into ``out/<name of the slide>/``.
+    """Analyse each slide and write its files into ``out/<name of the slide>/``, with a suffix where another slide has that name.
 
     Written are ``heatmap.png`` (attention over the slide), ``regions.json`` (a Label Studio prediction for the default
-    labelling config), ``tiles.geojson`` (for QuPath) and ``result.h5``. A slide that fails does not stop the others.
+    labelling config), ``tiles.geojson`` (for QuPath) and ``result.h5``. All slides are opened first, so that what is wrong with one is said before the
+    long work. A slide that fails does not stop the others.
 
     Parameters
     ----------
+    engine
+        The loaded model, or what loads it: called once, when the first slide has to be analysed.
     mpp
         µm per pixel of slides that do not say.
-    on_slide
-        Called with number and path of each slide before it is analysed.
+    again
+        Whether to analyse also what is analysed already.
+    on_look, on_slide
+        Called with number and path of each slide before it is opened for a first look, and before it is analysed.
+    on_error
+        Called as soon as a slide has failed.
+
+    Raises
+    ------
+    OutputUnusable
+        Nothing can be written to ``out``.
+    ModelError
+        There is no such model. Errors of the model while slides are analysed are those of the slides.
     """
-    outcomes = []
-    taken: set[str] = set()
-    for number, slide in enumerate(slides):
+    call = _Call([Path(slide) for slide in slides], Path(out), settings, engine, mpp, again)
+    outcomes: dict[int, Outcome] = {}
+    keys: dict[int, str] = {}
+
+    def failed(number: int, error: BackendError) -> None:
+        outcomes[number] = Outcome(call.slides[number], error=error)
+        on_error(outcomes[number])
+
+    for number, slide in enumerate(call.slides):
+        on_look(number, slide)
+        try:
+            with failures_named(slide):
+                keys[number] = call.look(slide)
+        except BackendError as error:
+            failed(number, error)
+    for number, key in keys.items():
+        slide = call.slides[number]
         on_slide(number, slide)
         try:
-            result = analyse_file(slide, settings, engine, progress, task_mpp=mpp)
-            folder = out / _free_name(slide, taken)
-            progress("write", len(result.bag), len(result.bag))
-            write_outputs(slide, result, folder, settings)
-            outcomes.append(Outcome(slide, folder, result))
+            with failures_named(slide):
+                outcomes[number] = call.predict(slide, key, progress)
         except BackendError as error:
-            outcomes.append(Outcome(slide, error=error))
-    return outcomes
+            failed(number, error)
+    return [outcomes[number] for number in range(len(call.slides))]
 
 
-def write_outputs(slide: Path, result: BagResult, folder: Path, settings: Settings) -> None:
-    """The four files of one result; see :func:`predict_files`."""
-    folder.mkdir(parents=True, exist_ok=True)
+class _Call:
+    """One call of :func:`predict_files`."""
+
+    def __init__(
+        self,
+        slides: list[Path],
+        out: Path,
+        settings: Settings,
+        engine: Engine | Callable[[], Engine],
+        mpp: float | None,
+        again: bool,
+    ) -> None:
+        self.slides = slides
+        self._out = out
+        self._settings = settings
+        self._mpp = mpp
+        self._again = again
+        check_writable(out)
+        self._store = ResultStore(settings.results_location)
+        self._engine = engine
+        self._model: ModelIdentity = model_identity(settings) if callable(engine) else engine.identity
+        self._folders = ResultFolders(out, slides)
+
+    def look(self, slide: Path) -> str:
+        """The bag key of a slide; raises what can be found wrong with it before its tissue is looked for."""
+        real = os.path.realpath(slide)
+        ref = SlideRef("file", (real,), file_identity(real), mpp=self._mpp)
+        # Without a scale from outside the key is known without opening the slide.
+        if self._mpp is None and self._is_there(slide, key := bag_key(ref, self._model, self._settings)):
+            return key
+        with open_slide(slide, self._settings) as opened:
+            _, _, source = slide_grid(opened, self._settings, task_mpp=self._mpp)
+        if source == "slide":  # the key of a task is of the same kind: a scale that is not used is not in it
+            ref = replace(ref, mpp=None)
+        return bag_key(ref, self._model, self._settings)
+
+    def predict(self, slide: Path, key: str, progress: StageProgress) -> Outcome:
+        """The files of a slide, whatever of them is there."""
+        folder = self._folders.choose(slide)
+        if self._is_there(slide, key):
+            result = read_hdf5(folder / RESULT, latents=False)
+            if not all((folder / name).is_file() for name in DERIVED):
+                progress("write", len(result.bag), len(result.bag))
+                write_derived(slide, result, folder, self._settings)
+            return Outcome(slide, folder, result.bag, "folder")
+        check_writable(self._out)  # before minutes of analysis, once for each slide
+        stored = None if self._again else self._stored(key)
+        result = stored or analyse_file(slide, self._settings, self._loaded(), progress, task_mpp=self._mpp)
+        progress("write", len(result.bag), len(result.bag))
+        folder = self._write(slide, key, result, folder)
+        return Outcome(slide, folder, result.bag, "store" if stored else "analysed")
+
+    def _is_there(self, slide: Path, key: str) -> bool:
+        return not self._again and written_there(self._folders.choose(slide)) == (slide_id(slide), key)
+
+    def _stored(self, key: str) -> BagResult | None:
+        try:
+            return self._store.get(key)
+        except StoreUnavailable as error:
+            log.warning("analysed again, as the store of results cannot be asked: %s", error)
+            return None
+
+    def _loaded(self) -> Engine:
+        if callable(self._engine):
+            self._engine = self._engine()
+        return self._engine
+
+    def _write(self, slide: Path, key: str, result: BagResult, folder: Path) -> Path:
+        provenance = {name: value for name, value in result.provenance.items() if name != SLIDE_REF}
+        result = replace(result, provenance={**provenance, BAG_KEY: key, SLIDE_ID: slide_id(slide)})
+        if written_there(folder)[0] == slide_id(slide):
+            with writing_to(folder):
+                for name in DERIVED:  # of the result that is replaced
+                    (folder / name).unlink(missing_ok=True)
+        folder = self._folders.write(result, slide, folder)
+        write_derived(slide, result, folder, self._settings)
+        return folder
+
+
+def write_derived(slide: StrPath, result: BagResult, folder: StrPath, settings: Settings) -> None:
+    """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`.
+
+    Raises
+    ------
+    OutputUnusable
+        The system refuses to write them.
+    """
+    slide, folder = Path(slide), Path(folder)
     with open_slide(slide, settings) as opened:
         picture = overlay(Image.fromarray(opened.overview(SHOWN_MAX_PX)), result)
-    temporary = folder / ".heatmap.png"
-    picture.save(temporary, "PNG")
-    temporary.replace(folder / "heatmap.png")
     config_xml = load_template("triage")
     size = shown_size(result.bag.slide_size)
     prediction = predict_regions(
@@ -88,21 +229,8 @@ def write_outputs(slide: Path, result: BagResult, folder: Path, settings: Settin
         settings_top_k=settings.top_k,
     )
     check_prediction(prediction, config_xml, image_size=size)
-    write_json(folder / "regions.json", json.loads(json.dumps(prediction)))
-    write_json(folder / "tiles.geojson", to_geojson(result, slide.name))
-    temporary = folder / ".result.h5"
-    write_hdf5(result, temporary)
-    temporary.replace(folder / "result.h5")
-
-
-def _free_name(slide: Path, taken: set[str]) -> str:
-    """The slide's name without its ending, with a number where two slides share one."""
-    # The files of a DICOM slide have numbers for names; its folder has the name.
-    stem = slide.resolve().parent.name if slide.suffix.lower() == ".dcm" else slide.stem
-    number = 2
-    name = stem
-    while name in taken:
-        name = f"{stem}-{number}"
-        number += 1
-    taken.add(name)
-    return name
+    with writing_to(folder):
+        with whole_file(folder / "heatmap.png") as temporary:
+            picture.save(temporary, "PNG")
+        write_json(folder / "regions.json", json.loads(json.dumps(prediction)))
+        write_json(folder / "tiles.geojson", to_geojson(result, slide.name))

@@ -105,7 +105,11 @@ def running_demo(
             paths = demo_slides(folder / "slides", say)
             root = folder / "slides"
         else:
-            paths, root = find_slides([slides.resolve()]), slides.resolve()
+            root = slides.resolve()
+            found = find_slides(root)
+            if found.passed_over:
+                say(found.summary)
+            paths = found.slides
         studio = LabelStudioProcess(
             label_studio_venv,
             folder / "label-studio",

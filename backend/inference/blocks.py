@@ -22,6 +22,7 @@ from backend.errors import BlockBroken, CheckpointRefused, CheckpointUnreadable,
 from backend.inference.bounded_zip import checked_zip, unpack
 from backend.inference.checkpoint import MMM_MODELS, WSC, check_pin, file_sha256, locate
 from backend.inference.pooling import AttentionGrouper
+from backend.paths import StrPath
 from backend.settings import licence_accepted
 
 __all__ = ["BLOCKS", "MMM_MODELS", "WSC", "NativeBlocks"]
@@ -66,7 +67,7 @@ class NativeBlocks(Mapping[str, nn.Module]):
         torch cannot use the device.
     """
 
-    def __init__(self, modules_path: str | Path, device_identifier: str = "cuda:0", *, sha256: str = "") -> None:
+    def __init__(self, modules_path: StrPath, device_identifier: str = "cuda:0", *, sha256: str = "") -> None:
         if not licence_accepted():
             raise LicenceNotAccepted
         self.device = _checked_device(device_identifier)

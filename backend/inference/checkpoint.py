@@ -19,10 +19,11 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 
-from backend.errors import CheckpointRefused, CheckpointUnreadable
+from backend.errors import CheckpointRefused, CheckpointUnreadable, LicenceNotAccepted
 from backend.inference.bounded_zip import checked_zip
+from backend.paths import StrPath
 from backend.results.bag import digest
-from backend.settings import Settings
+from backend.settings import Settings, licence_accepted
 
 WSC = "wsc-mtl-tiny"
 # The address that mmm 1.6.3 lists for Whole Slide Concepts (mmm.api.M3Model.M3_MODELS). Access asks for the licence to be accepted there.
@@ -88,8 +89,9 @@ def model_identity(settings: Settings) -> ModelIdentity:
     return ModelIdentity(_stem(path), sha256, mmm_release(), settings.precision, is_stand_in(path))
 
 
-def is_stand_in(path: Path) -> bool:
+def is_stand_in(path: StrPath) -> bool:
     """Whether a checkpoint is the stand-in model, wherever it was copied to: it carries a marker."""
+    path = Path(path)
     try:
         with checked_zip(path, path.name) as archive:
             return STAND_IN_MARKER in archive.namelist()
@@ -103,28 +105,33 @@ def ensure_checkpoint(settings: Settings) -> Path:
         return locate(settings.model, settings.model_dir / "cache" / "models")
     path = settings.model_dir / "cache" / "models" / STAND_IN_FILE
     if not path.exists():
+        _need_licence()
         with _file_lock(path):
             if not path.exists():
                 _build_stand_in(path)
     return path
 
 
-def locate(path_or_url: str, cache: Path | None = None) -> Path:
+def locate(path_or_url: StrPath, cache: StrPath | None = None) -> Path:
     """The local file for a path, ``file://`` URL or http(s) URL; a URL is downloaded into ``cache`` once.
 
     Raises
     ------
     CheckpointUnreadable
         No such file, wrong ending, or the download failed.
+    LicenceNotAccepted
+        It would have to be downloaded: the licence is asked for first.
     """
+    path_or_url = os.fspath(path_or_url)
     if path_or_url in MMM_MODELS:
         path_or_url = MMM_MODELS[path_or_url]
     parts = urlsplit(path_or_url)
     if parts.scheme in ("http", "https"):
-        cache = cache or Path.home() / ".cache" / "wsc-backend" / "models"
+        cache = Path(cache) if cache else Path.home() / ".cache" / "wsc-backend" / "models"
         name = Path(unquote(parts.path)).name or "checkpoint.pt.zip"
         target = cache / f"{hashlib.sha256(path_or_url.encode()).hexdigest()[:8]}-{name}"
         if not target.exists():
+            _need_licence()
             with _file_lock(target):
                 if not target.exists():
                     _download(path_or_url, target)
@@ -141,18 +148,18 @@ def locate(path_or_url: str, cache: Path | None = None) -> Path:
     return path
 
 
-def check_pin(path: Path, sha256: str, pinned: str) -> None:
+def check_pin(path: StrPath, sha256: str, pinned: str) -> None:
     """Compare a checkpoint's SHA-256 with ``MODEL_SHA256``; raises :class:`CheckpointUnreadable` if they differ."""
     if pinned and sha256 != pinned:
         raise CheckpointUnreadable(
-            f"{path.name} has SHA-256 {sha256}, but MODEL_SHA256 is {pinned}.",
+            f"{Path(path).name} has SHA-256 {sha256}, but MODEL_SHA256 is {pinned}.",
             hint="Use the file that the pin was made for, or change the pin if you trust this one.",
         )
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: StrPath) -> str:
     """SHA-256 of a file, hexadecimal; remembered until its size or modification time changes."""
-    stat = path.stat()
+    stat = Path(path).stat()
     return _sha256_of(str(path), stat.st_size, stat.st_mtime_ns)
 
 
@@ -170,6 +177,11 @@ def _stem(path: Path) -> str:
     for ending in (".zip", ".pt"):
         name = name.removesuffix(ending)
     return name
+
+
+def _need_licence() -> None:
+    if not licence_accepted():
+        raise LicenceNotAccepted
 
 
 def _build_stand_in(path: Path) -> None:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from backend.errors import ModelMismatch
-from backend.inference.engine import Engine
 from backend.inference.key import bag_key
-from backend.results.bag import SLIDE_REF, BagResult
+from backend.paths import StrPath
+from backend.results.bag import BAG_KEY, SLIDE_REF, BagResult
 from backend.results.store import ResultStore
 from backend.settings import Settings
 from backend.slides.reader import open_slide
 from backend.slides.source import SlideRef, SourceResolver
 from backend.slides.tiles import patch_sizes, read_patches, read_tiles
 from backend.slides.tiling import make_bag, patches_bag
+
+if TYPE_CHECKING:  # who only looks at what is there already loads no torch
+    from backend.inference.engine import Engine
 
 # (stage, done, total): stages are "fetch", "open", "tissue", "encode", "store"; done and total count tiles and are 0 before "encode".
 StageProgress = Callable[[str, int, int], None]
@@ -49,9 +53,8 @@ def analyse_ref(
     if ref.kind == "patches":
         result = analyse_patches(paths, settings, engine, progress)
     else:
-        result = analyse_file(
-            paths[0], settings, engine, progress, task_mpp=ref.mpp, mpp_override=ref.mpp_override
-        )
+        result = analyse_file(paths[0], settings, engine, progress, task_mpp=ref.mpp, mpp_override=ref.mpp_override)
+    result = replace(result, provenance={**result.provenance, BAG_KEY: key})
     if not any("?" in location for location in ref.locations):  # an address may carry a password in its query
         result = replace(result, provenance={**result.provenance, SLIDE_REF: json.dumps(ref.to_json())})
     progress("store", len(result.bag), len(result.bag))
@@ -60,7 +63,7 @@ def analyse_ref(
 
 
 def analyse_file(
-    path: Path,
+    path: StrPath,
     settings: Settings,
     engine: Engine,
     progress: StageProgress,
@@ -69,6 +72,7 @@ def analyse_file(
     mpp_override: bool = False,
 ) -> BagResult:
     """Analyse one slide file. ``task_mpp``: µm per pixel for a file that does not say; with ``mpp_override`` also for one that does."""
+    path = Path(path)
     started = time.time()
     progress("open", 0, 0)
     with open_slide(path, settings) as slide:
@@ -98,7 +102,7 @@ def analyse_file(
             tiles.close()
 
 
-def analyse_patches(paths: tuple[Path, ...], settings: Settings, engine: Engine, progress: StageProgress) -> BagResult:
+def analyse_patches(paths: Sequence[StrPath], settings: Settings, engine: Engine, progress: StageProgress) -> BagResult:
     """Analyse a bag that is given as images: each becomes one tile, scaled to the encoder's size."""
     started = time.time()
     progress("open", 0, 0)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from backend.errors import LicenceNotAccepted
 from backend.inference.checkpoint import STAND_IN_MARKER
+from backend.paths import StrPath
 from backend.results.bag import BoolArray, UInt8Array
 from backend.settings import Settings, licence_accepted
 from backend.slides.reader import open_slide
@@ -116,7 +117,7 @@ def _vary(batch: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(flipped[:, None, None, None], varied.flip(-1), varied)
 
 
-def build_stand_in(path: Path) -> None:
+def build_stand_in(path: StrPath) -> None:
     """Build the stand-in and write it to ``path``, in the format that :class:`~backend.inference.blocks.NativeBlocks` loads.
 
     Raises
@@ -126,6 +127,7 @@ def build_stand_in(path: Path) -> None:
     """
     if not licence_accepted():
         raise LicenceNotAccepted
+    path = Path(path)
     started = time.monotonic()
     blocks = build_blocks()
     train(blocks, *training_tiles())

@@ -26,6 +26,12 @@ BoolArray = npt.NDArray[np.bool_]
 SLIDE_REF = "slide_ref"
 """Name in a result's provenance of where the slide lies, as JSON text: for us, not for what is exported."""
 
+BAG_KEY = "bag_key"
+"""Name in a result's provenance of the bag key under which it was computed."""
+
+SLIDE_ID = "slide_id"
+"""Name in a result's provenance of the slide that it is of, as 40 hexadecimal digits: in the folders of `predict`."""
+
 BagKind = Literal["slide", "patches"]
 MppSource = Literal["slide", "task", "default", "forced", "none"]
 

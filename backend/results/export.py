@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backend.errors import ExportUnsupported
+from backend.paths import StrPath
 from backend.results.bag import SLIDE_REF, BagResult
 from backend.results.ranks import percentile_ranks
 
@@ -93,15 +94,16 @@ def to_geojson(result: BagResult, name: str, *, object_type: ObjectType = "tile"
     return {"type": "FeatureCollection", "name": name, "provenance": provenance, "features": features}
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: StrPath, data: bytes) -> None:
     """Write a file so that it is whole or not there: under a temporary name beside it, then renamed. Makes the folder."""
     with whole_file(path) as temporary, temporary.open("xb") as file:
         file.write(data)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def whole_file(path: StrPath) -> Iterator[Path]:
     """A temporary name beside ``path`` to write to: on the disk and renamed to ``path`` at the end, gone after an error. Makes the folder."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -113,7 +115,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
+def write_json(path: StrPath, content: Any, *, indent: int | None = None) -> None:
     """Write JSON, whole or not at all.
 
     Raises
@@ -124,6 +126,6 @@ def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
     write_bytes(path, json.dumps(content, allow_nan=False, ensure_ascii=False, indent=indent).encode())
 
 
-def write_geojson(path: Path, result: BagResult, name: str, *, object_type: ObjectType = "tile") -> None:
+def write_geojson(path: StrPath, result: BagResult, name: str, *, object_type: ObjectType = "tile") -> None:
     """:func:`to_geojson` into a file, whole or not at all."""
     write_json(path, to_geojson(result, name, object_type=object_type))

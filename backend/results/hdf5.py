@@ -31,6 +31,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.errors import ResultDamaged, StoreUnavailable
+from backend.paths import StrPath
 from backend.results.bag import Bag, BagResult, Float32Array
 from backend.results.seal import Range, make_seal, read_seal
 
@@ -49,13 +50,13 @@ _BAG_SCALARS = (
 )
 
 
-def write_hdf5(result: BagResult, file: Path | BinaryIO) -> None:
+def write_hdf5(result: BagResult, file: StrPath | BinaryIO) -> None:
     """Write ``result`` into ``file`` (a path that is overwritten, or an empty, readable, writable and seekable binary file)."""
-    if isinstance(file, Path):
+    if isinstance(file, str | os.PathLike):
         # Made in memory: the HDF5 library ends the process when a disk fills up under it.
         made = io.BytesIO()
         write_hdf5(result, made)
-        file.write_bytes(made.getbuffer())
+        Path(file).write_bytes(made.getbuffer())
         return
     bag = result.bag
     with h5py.File(file, "w") as h5:
@@ -90,7 +91,7 @@ def _chunks(dataset: h5py.Dataset) -> list[Range]:
     return [(chunk.byte_offset, chunk.byte_offset + chunk.size) for chunk in found]
 
 
-def read_hdf5(file: Path | BinaryIO, *, latents: bool = True) -> BagResult:
+def read_hdf5(file: StrPath | BinaryIO, *, latents: bool = True) -> BagResult:
     """Read a result back.
 
     Parameters
@@ -171,15 +172,15 @@ def _array(h5: h5py.File, name: str, file_bytes: int) -> npt.NDArray[Any]:
     return array
 
 
-def _size_of(file: Path | BinaryIO) -> int:
+def _size_of(file: StrPath | BinaryIO) -> int:
     with _opened(file) as plain:
         return plain.seek(0, os.SEEK_END)
 
 
 @contextlib.contextmanager
-def _opened(file: Path | BinaryIO) -> Iterator[BinaryIO]:
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
+def _opened(file: StrPath | BinaryIO) -> Iterator[BinaryIO]:
+    if isinstance(file, str | os.PathLike):
+        with Path(file).open("rb") as opened:
             yield opened
     else:
         yield file
@@ -199,7 +200,7 @@ def _damaged_or_unavailable(error: Exception) -> ResultDamaged | StoreUnavailabl
     return ResultDamaged(f"The stored result cannot be read: {error}")
 
 
-def read_slide_embedding(file: Path | BinaryIO) -> Float32Array:
+def read_slide_embedding(file: StrPath | BinaryIO) -> Float32Array:
     """Only the slide embedding of a result, float32 (D,), out of the seal: HDF5 is not asked. Errors as :func:`read_hdf5`."""
     try:
         with _opened(file) as plain:

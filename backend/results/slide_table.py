@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backend.errors import ExportUnsupported, ExtraMissing, FileExists
+from backend.paths import StrPath
 from backend.results.bag import Float32Array
 from backend.results.export import whole_file
 
@@ -55,7 +56,7 @@ class SlideTable:
             raise ValueError(f"the columns and embeddings of a table have {sorted(lengths)} rows")
 
 
-def write_table(table: SlideTable, path: Path, kind: str = "", *, overwrite: bool = False) -> None:
+def write_table(table: SlideTable, path: StrPath, kind: str = "", *, overwrite: bool = False) -> None:
     """Write ``table`` so that the file is whole or not there.
 
     Parameters
@@ -78,8 +79,9 @@ def write_table(table: SlideTable, path: Path, kind: str = "", *, overwrite: boo
         _refuse_existing(path, overwrite)
 
 
-def writer(path: Path, kind: str = "", *, overwrite: bool = False) -> Callable[[SlideTable, Path], None]:
+def writer(path: StrPath, kind: str = "", *, overwrite: bool = False) -> Callable[[SlideTable, Path], None]:
     """What writes such a file; raises all that :func:`write_table` refuses, before anything is computed."""
+    path = Path(path)
     kind = kind or path.suffix.removeprefix(".").lower()
     if kind not in _WRITERS:
         raise ExportUnsupported(
@@ -93,7 +95,8 @@ def writer(path: Path, kind: str = "", *, overwrite: bool = False) -> Callable[[
     return write
 
 
-def _refuse_existing(path: Path, overwrite: bool) -> None:
+def _refuse_existing(path: StrPath, overwrite: bool) -> None:
+    path = Path(path)
     if path.is_dir():
         raise FileExists(f"{path} is a folder.", hint="Give the name of a file in it.")
     if path.exists() and not overwrite:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from backend.errors import SourceRefused
 from backend.settings import Settings
+from backend.slides.dicom_series import is_dicom, series_files
 from backend.slides.places import shown
 
 # The entries of Hamamatsu's .vms and .vmu, and of MIRAX' Slidedat.ini, that name files; always without a folder.
@@ -25,10 +26,23 @@ _INDEX_MAX_BYTES = 2**24
 _HAMAMATSU_MAX_BYTES = 2**17  # OpenSlide takes half of that
 
 
-def is_dicom(path: Path) -> bool:
-    """Whether a file says that it is DICOM."""
-    with path.open("rb") as file:
-        return file.read(132)[128:] == b"DICM"
+def companion_files(path: Path) -> list[Path]:
+    """The other files of a slide that consists of several, sorted: what lies in the folder of a ``.mrxs``, what the index of a ``.vms`` or ``.vmu``
+    names, the series of a DICOM file. Files that are not there are left out.
+    """
+    if path.suffix.lower() == ".mrxs":
+        folder = path.with_suffix("")
+        return sorted(entry for entry in folder.iterdir() if entry.is_file()) if folder.is_dir() else []
+    if is_hamamatsu_index(path):
+        parts = (path.parent / name for name in named_files(path))
+        return sorted(part for part in parts if part.is_file())
+    return [part for part in series_files(path) if part != path] if is_dicom(path) else []
+
+
+def named_files(index: Path) -> set[str]:
+    """The names of files in an index of Hamamatsu's or MIRAX'. Those that lead into another folder are left out."""
+    names = {name for name in _entries(index) if _is_name(name)}
+    return {os.fsdecode(name) for name in names}
 
 
 def check_companions(path: Path, settings: Settings) -> None:
@@ -45,7 +59,7 @@ def check_companions(path: Path, settings: Settings) -> None:
         folder = path.with_suffix("")
         index = folder / "Slidedat.ini"
         beside: Iterable[Path] = [folder, *folder.iterdir()] if folder.is_dir() else []
-    elif _is_hamamatsu_index(path):
+    elif is_hamamatsu_index(path):
         index, beside = path, path.parent.iterdir()
         if not _inside(path, settings):
             raise SourceRefused(
@@ -63,18 +77,26 @@ def check_companions(path: Path, settings: Settings) -> None:
                 hint="Remove the link, or add the folder it leads to to SLIDE_ROOTS.",
             )
     if index is not None and index.is_file():
-        for match in _NAMES_FILE.finditer(_start_of(index)):
-            name = match[2].strip(b" \t").removesuffix(b"\r").strip(b" \t")
-            if _NOT_IN_A_NAME.search(name) or name in (b"..", b"."):
+        for name in _entries(index):
+            if name and not _is_name(name):
                 raise SourceRefused(
                     f"The index {shown(index.name)} names a file in another folder: {shown(name.decode(errors='replace'))}.",
                     hint="A slide's files lie in one folder. This index was not written by a scanner.",
                 )
 
 
-def _is_hamamatsu_index(path: Path) -> bool:
+def is_hamamatsu_index(path: Path) -> bool:
     """Whether OpenSlide may take a file for a .vms or .vmu: it goes by what is in it, not by its name."""
     return path.stat().st_size <= _HAMAMATSU_MAX_BYTES and b"Virtual Microscope Specimen]" in _start_of(path)
+
+
+def _entries(index: Path) -> Iterable[bytes]:
+    for match in _NAMES_FILE.finditer(_start_of(index)):
+        yield match[2].strip(b" \t").removesuffix(b"\r").strip(b" \t")
+
+
+def _is_name(entry: bytes) -> bool:
+    return entry not in (b"", b".", b"..") and not _NOT_IN_A_NAME.search(entry)
 
 
 def _start_of(path: Path) -> bytes:

@@ -21,6 +21,7 @@ import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from backend.errors import SlideTooLarge, SlideTooSmall, SlideUnreadable
+from backend.paths import StrPath
 from backend.results.bag import UInt8Array
 from backend.settings import Settings, get_settings
 from backend.slides.resample import WHITE
@@ -66,7 +67,7 @@ class DecodedImage:
         self.stated_mpp = stated_mpp
 
 
-def load_image(path: Path, settings: Settings | None = None) -> DecodedImage:
+def load_image(path: StrPath, settings: Settings | None = None) -> DecodedImage:
     """Decode a JPEG, PNG or TIFF.
 
     Raises
@@ -76,6 +77,7 @@ def load_image(path: Path, settings: Settings | None = None) -> DecodedImage:
     SlideUnreadable
         Not such an image, or damaged, or of a kind without a plain meaning as RGB (floating point, LAB).
     """
+    path = Path(path)
     limit = (settings or get_settings()).image_max_pixels
     _check_not_cut(path)
     try:
@@ -111,8 +113,9 @@ def load_image(path: Path, settings: Settings | None = None) -> DecodedImage:
         raise _no_memory(path) from error
 
 
-def image_size(path: Path, settings: Settings | None = None) -> tuple[int, int]:
+def image_size(path: StrPath, settings: Settings | None = None) -> tuple[int, int]:
     """(width, height) in pixels as displayed, from the header where that is enough. Raises as :func:`load_image`."""
+    path = Path(path)
     limit = (settings or get_settings()).image_max_pixels
     _check_not_cut(path)
     try:
@@ -129,7 +132,7 @@ def image_size(path: Path, settings: Settings | None = None) -> tuple[int, int]:
         raise _no_memory(path) from error
 
 
-def read_patch(path: Path, tile_px: int, settings: Settings | None = None) -> tuple[UInt8Array, tuple[int, int]]:
+def read_patch(path: StrPath, tile_px: int, settings: Settings | None = None) -> tuple[UInt8Array, tuple[int, int]]:
     """One image as one tile: scaled so that its long side fits, centred on white if it is not square (cells keep their shape).
 
     Returns
@@ -155,11 +158,11 @@ def read_patch(path: Path, tile_px: int, settings: Settings | None = None) -> tu
     return np.array(tile, dtype=np.uint8, order="C"), image.size
 
 
-def check_patch_size(path: Path, size: tuple[int, int], tile_px: int) -> None:
+def check_patch_size(path: StrPath, size: tuple[int, int], tile_px: int) -> None:
     """Raise :class:`~backend.errors.SlideTooSmall` if a side of a patch is below an eighth of ``tile_px``."""
     if min(size) * 8 < tile_px:
         raise SlideTooSmall(
-            f"The patch {path.name} has {size[0]} x {size[1]} pixels; a tile has {tile_px}.",
+            f"The patch {Path(path).name} has {size[0]} x {size[1]} pixels; a tile has {tile_px}.",
             hint=f"A patch needs at least {-(-tile_px // 8)} pixels on each side.",
         )
 

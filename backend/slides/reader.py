@@ -15,6 +15,7 @@ import openslide
 from typing_extensions import Self
 
 from backend.errors import SlideNotFound, SlideUnreadable
+from backend.paths import StrPath
 from backend.results.bag import UInt8Array
 from backend.settings import Settings
 from backend.slides.direct_reader import DirectSlide
@@ -93,7 +94,7 @@ class Slide(Protocol):
     ) -> None: ...
 
 
-def open_slide(path: Path, settings: Settings, *, cache: openslide.OpenSlideCache | None = None) -> Slide:
+def open_slide(path: StrPath, settings: Settings, *, cache: openslide.OpenSlideCache | None = None) -> Slide:
     """Open a slide: by OpenSlide if it knows the format, else as a plain image.
 
     ``cache`` is for whoever keeps many slides open: OpenSlide then reads with it and nothing else is kept. Without it a slide has caches of
@@ -104,13 +105,22 @@ def open_slide(path: Path, settings: Settings, *, cache: openslide.OpenSlideCach
     SlideNotFound
         There is no such file.
     SlideUnreadable
-        It is empty, damaged, of no known format, or its pixels are not square (x and y differ by more than 5 %).
+        It is empty, damaged, may not be read, is of no known format, or its pixels are not square (x and y differ by more than 5 %).
     SlideTooLarge
         A plain image over ``IMAGE_MAX_PIXELS``.
     """
-    if not path.is_file():
-        raise SlideNotFound(f"There is no file {path}.")
-    if path.stat().st_size == 0:
+    path = Path(path)
+    try:
+        if not path.is_file():
+            raise SlideNotFound(f"There is no file {path}.")
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:  # what the system refuses is no damage
+        raise SlideUnreadable(
+            f"{path.name} cannot be read: {error.strerror}.",
+            hint="Check its permissions, and that its disk or share is there.",
+        ) from error
+    if empty:
         raise SlideUnreadable(f"{path.name} is empty (0 bytes).", hint="Its copy or upload was probably interrupted.")
     reason = ""
     vendor = openslide.OpenSlide.detect_format(str(path))

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Literal, cast, get_args
 
 from backend.errors import MppUnknown, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
+from backend.paths import StrPath
 from backend.results.bag import digest
 from backend.settings import Settings
-from backend.slides.companions import check_companions, is_dicom
+from backend.slides.companions import check_companions, companion_files
 from backend.slides.download import DownloadCache, fsspec_identity, http_identity
 from backend.slides.places import Place, allowed_file, classify, shown
 
@@ -59,7 +60,13 @@ class SlideRef:
 
     def to_json(self) -> dict[str, object]:
         """JSON values only, for :meth:`from_json`."""
-        return {"kind": self.kind, "locations": list(self.locations), "identity": self.identity, "mpp": self.mpp, "mpp_override": self.mpp_override}
+        return {
+            "kind": self.kind,
+            "locations": list(self.locations),
+            "identity": self.identity,
+            "mpp": self.mpp,
+            "mpp_override": self.mpp_override,
+        }
 
     @classmethod
     def from_json(cls, value: object) -> SlideRef:
@@ -107,9 +114,7 @@ class SourceResolver:
         self._asked: dict[str, tuple[float, str]] = {}
         self._lock = threading.Lock()
 
-    def resolve(
-        self, value: str | Sequence[str], *, mpp: float | None = None, mpp_override: bool = False
-    ) -> SlideRef:
+    def resolve(self, value: str | Sequence[str], *, mpp: float | None = None, mpp_override: bool = False) -> SlideRef:
         """What the value of a task's field is. Downloads nothing; asks the server about http and Label Studio local files.
 
         Parameters
@@ -198,7 +203,7 @@ class SourceResolver:
 
     def _identity(self, place: Place) -> str:
         if place.kind == "file":
-            return file_identity(Path(place.location), self._settings)
+            return self._file_identity(Path(place.location))
         if place.location.split("?", 1)[0].lower().endswith(_MANY_FILES):
             raise SourceRefused(
                 f"{shown(place.location)} is a slide of many files, which cannot be downloaded as one.",
@@ -219,35 +224,40 @@ class SourceResolver:
                 del self._asked[next(iter(self._asked))]
         return identity
 
+    def _file_identity(self, path: Path) -> str:
+        folder = path.with_suffix("")
+        if path.suffix.lower() == ".mrxs" and folder.is_dir():
+            real = Path(os.path.realpath(folder))
+            if not any(real.is_relative_to(root) for root in self._settings.slide_roots):
+                raise SourceRefused(f"The folder of {shown(str(path))} leads outside the allowed folders.")
+        return file_identity(path)
+
     def _ask_http(self, place: Place) -> str:
         return http_identity(place, self._settings, self._headers)
 
 
-def file_identity(path: Path, settings: Settings) -> str:
-    """Path, size and modification time of a slide's file, and of the files that are read with it.
+def file_identity(path: StrPath) -> str:
+    """Path, size and modification time of a slide's file, and of the files that are read with it (:func:`~backend.slides.companions.companion_files`)
+    and of no others: a second slide in the same folder does not change it.
 
-    Those of a ``.mrxs`` lie in a folder of its name, those of ``.vms`` and ``.vmu`` beside it; a DICOM slide is a series of files, of which
-    OpenSlide finds the others in the same folder.
+    Raises
+    ------
+    SlideNotFound
+        There is no such file.
+    SourceRefused
+        This process may not read it.
     """
+    path = Path(path)
     try:
-        parts = [str(path), *_stamps([path])]
-        ending = path.suffix.lower()
-        if ending == ".mrxs":
-            folder = path.with_suffix("")
-            if folder.is_dir():
-                if not any(Path(os.path.realpath(folder)).is_relative_to(root) for root in settings.slide_roots):
-                    raise SourceRefused(f"The folder of {shown(str(path))} leads outside the allowed folders.")
-                parts += _stamps(entry for entry in sorted(folder.iterdir()) if entry.is_file())
-        elif ending in (".vms", ".vmu"):
-            parts += _stamps(entry for entry in sorted(path.parent.iterdir()) if entry.is_file())
-        elif is_dicom(path):
-            siblings = sorted(
-                entry for entry in path.parent.iterdir() if entry.suffix == path.suffix and entry.is_file()
-            )
-            parts += _stamps(siblings)
-        return parts[0] + "|" + parts[1] if len(parts) == 2 else digest({"files": parts})
+        parts = [str(path), *_stamps([path, *companion_files(path)])]
     except FileNotFoundError as error:
         raise SlideNotFound(f"There is no file {shown(str(path))}.") from error
+    except PermissionError as error:
+        raise SourceRefused(
+            f"{shown(str(path))} cannot be read: {error.strerror}.",
+            hint="Give the account that runs this the right to read it.",
+        ) from error
+    return parts[0] + "|" + parts[1] if len(parts) == 2 else digest({"files": parts})
 
 
 def _stamps(paths: Iterable[Path]) -> list[str]:

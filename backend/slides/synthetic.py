@@ -18,6 +18,7 @@ import tifffile
 from PIL import Image
 from scipy import ndimage
 
+from backend.paths import StrPath
 from backend.results.bag import BoolArray, Float32Array, Int64Array, UInt8Array
 from backend.slides.grid import box_fractions
 
@@ -70,7 +71,7 @@ class SyntheticSlide:
 
 
 def write_synthetic_slide(
-    path: Path, *, size: tuple[int, int] = (2048, 2048), mpp: float = 0.5, seed: int = 0, planted: bool = True
+    path: StrPath, *, size: tuple[int, int] = (2048, 2048), mpp: float = 0.5, seed: int = 0, planted: bool = True
 ) -> SyntheticSlide:
     """Draw a slide and write it to ``path``: the same one for the same arguments.
 
@@ -83,10 +84,10 @@ def write_synthetic_slide(
     tissue_field, tumour_field = _layout(rng, shape, planted)
     write_pyramid(path, _draw(rng, size, mpp, tissue_field, tumour_field), mpp=mpp)
     tissue, tumour = tissue_field > 0, (tumour_field > 0) & (tissue_field > 0)
-    return SyntheticSlide(path, size, mpp, tumour, tissue, _box(tumour, size))
+    return SyntheticSlide(Path(path), size, mpp, tumour, tissue, _box(tumour, size))
 
 
-def write_pyramid(path: Path, rgb: UInt8Array, *, mpp: float | None, quality: int = 88) -> None:
+def write_pyramid(path: StrPath, rgb: UInt8Array, *, mpp: float | None, quality: int = 88) -> None:
     """Write uint8 (H, W, 3) as a tiled JPEG pyramid of levels 1, 2, 4, … that OpenSlide opens. ``mpp=None``: state no scale."""
     level, downsample = Image.fromarray(rgb), 1
     with tifffile.TiffWriter(path) as writer:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from backend.errors import SlideNotFound, SlideUnreadable
+from backend.paths import StrPath
 from backend.results.bag import Bag, UInt8Array
 from backend.settings import Settings
 from backend.slides.images import check_patch_size, image_size, read_patch
@@ -35,7 +36,7 @@ def read_tiles(slide: Slide, bag: Bag, *, chunk: int, threads: int) -> Generator
     return _read_ahead(read, len(bag), bag.tile_px, chunk, threads)
 
 
-def patch_sizes(paths: Sequence[Path], settings: Settings) -> list[tuple[int, int]]:
+def patch_sizes(paths: Sequence[StrPath], settings: Settings) -> list[tuple[int, int]]:
     """(width, height) of each patch as displayed, from the headers. Raises as :func:`~backend.slides.images.read_patch`."""
     sizes = []
     for path in paths:
@@ -46,7 +47,7 @@ def patch_sizes(paths: Sequence[Path], settings: Settings) -> list[tuple[int, in
 
 
 def read_patches(
-    paths: Sequence[Path], bag: Bag, settings: Settings, *, chunk: int, threads: int
+    paths: Sequence[StrPath], bag: Bag, settings: Settings, *, chunk: int, threads: int
 ) -> Generator[UInt8Array, None, None]:
     """As :func:`read_tiles`, for a bag that is given as images: image i becomes tile i."""
     if bag.kind != "patches" or len(paths) != len(bag):
@@ -59,7 +60,8 @@ def read_patches(
     return _read_ahead(read, len(bag), bag.tile_px, chunk, threads)
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: StrPath) -> None:
+    path = Path(path)
     if not path.is_file():
         raise SlideNotFound(f"There is no file {path}.")
     if path.stat().st_size == 0:

@@ -15,7 +15,7 @@ from backend.slides.mpp import check_task_mpp
 from backend.slides.reader import Slide
 from backend.slides.tissue import tissue_mask
 
-__all__ = ["Grid", "make_bag", "patches_bag", "slide_mpp", "tissue_fractions"]
+__all__ = ["Grid", "make_bag", "patches_bag", "slide_grid", "slide_mpp", "tissue_fractions"]
 
 # Level 0 may be so much coarser than a tile. Beyond it tiles would be made of enlarged pixels.
 MAX_ENLARGEMENT = 1.5
@@ -48,10 +48,10 @@ def slide_mpp(
     )
 
 
-def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_override: bool = False) -> Bag:
-    """Choose the tiles of a slide, row by row.
-
-    A tile belongs to the bag if at least ``TISSUE_MIN_FRACTION`` of its full area is tissue; what sticks out of the slide is not tissue.
+def slide_grid(
+    slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_override: bool = False
+) -> tuple[Grid, float, MppSource]:
+    """The grid of all tiles, tissue or not, with the slide's µm per level-0 pixel and who said so. Reads no pixels.
 
     Raises
     ------
@@ -61,10 +61,7 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
         As :func:`slide_mpp`.
     SlideTooCoarse
         Level 0 is more than 1.5 times coarser than ``TILE_MPP``.
-    NoTissue
-        No tile has enough tissue; the message says how much there is.
     """
-    width, height = slide.size
     if min(slide.size) < 0.99 * settings.tile_px / MAX_ENLARGEMENT:
         # Too small at any scale that would be accepted, so this is said first, even where the scale is unknown.
         raise _too_small(slide, settings.tile_px / MAX_ENLARGEMENT, settings)
@@ -78,7 +75,22 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
     # 1 % of grace: a 224-pixel image at 0.499 µm per pixel is one tile.
     if min(slide.size) < 0.99 * edge:
         raise _too_small(slide, edge, settings)
-    grid = Grid.covering((width, height), edge)
+    return Grid.covering(slide.size, edge), mpp, source
+
+
+def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_override: bool = False) -> Bag:
+    """Choose the tiles of a slide, row by row.
+
+    A tile belongs to the bag if at least ``TISSUE_MIN_FRACTION`` of its full area is tissue; what sticks out of the slide is not tissue.
+
+    Raises
+    ------
+    SlideTooSmall, MppUnknown, SlideTooCoarse
+        As :func:`slide_grid`.
+    NoTissue
+        No tile has enough tissue; the message says how much there is.
+    """
+    grid, mpp, source = slide_grid(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
     long_side = math.ceil(max(slide.size) * mpp / settings.tissue_mpp)
     if min(long_side, max(slide.size)) > _OVERVIEW_MAX_PX:
         raise SettingsError(
@@ -101,8 +113,8 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
         coords=grid.coords_of(cells),
         grid=cells,
         grid_size=(grid.columns, grid.rows),
-        tile_size_level0=edge,
-        slide_size=(width, height),
+        tile_size_level0=grid.tile_size_level0,
+        slide_size=slide.size,
         tile_px=settings.tile_px,
         tile_mpp=settings.tile_mpp,
         mpp=mpp,
