@@ -9,26 +9,17 @@ import threading
 from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from rich.text import Text
 
-from backend import __version__, cli_learning
-from backend.cli_parts import console, embedded_redis, errors, need_licence
+from backend import __version__, cli_learning, cli_predict
+from backend.cli_parts import Mpp, Slides, console, embedded_redis, errors, need_licence, say_passed_over
 from backend.errors import BackendError
 from backend.logs import configure_logging
 from backend.settings import load_settings
-
-if TYPE_CHECKING:  # each command imports what it needs
-    from collections.abc import Sequence
-
-    from backend.commands.predict import Outcome
-    from backend.inference.engine import Engine
-    from backend.slides.discover import Found
 
 app = typer.Typer(
     name="wsc-backend",
@@ -40,14 +31,6 @@ app = typer.Typer(
     "**Research use only, no diagnostic use.**\n\n"
     "Settings come from environment variables; `wsc-backend settings` lists them, `wsc-backend doctor` checks them.",
 )
-
-Slides = Annotated[
-    list[Path], typer.Argument(help="Slide files, or folders that are searched for slides.", show_default=False)
-]
-Mpp = Annotated[
-    float | None,
-    typer.Option("--mpp", help="µm per pixel of slides that do not say.", min=0.05, max=5.0, show_default=False),
-]
 
 
 def main() -> None:
@@ -200,7 +183,7 @@ def import_(
     settings = load_settings()
     configure_logging(settings.log_level, "import", settings.log_format)
     found = find_slides(slides)
-    _say_passed_over(found)
+    say_passed_over(found)
     with closing(Services(settings)) as services:
         done = import_slides(
             services,
@@ -217,83 +200,6 @@ def import_(
     )
     console.print(f"Open {done.url}", highlight=False, markup=False)
     if done.refused:
-        raise typer.Exit(1)
-
-
-@app.command()
-def predict(
-    slides: Slides,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, one subfolder a slide.")],
-    mpp: Mpp = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
-    ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Analyse also what is analysed already.")] = False,
-) -> None:
-    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath. Again analyses only what is not there."""
-    need_licence()  # before seconds of imports
-    from backend.commands.hints import explain
-    from backend.commands.predict import predict_files
-    from backend.commands.result_folders import check_writable
-    from backend.slides.discover import find_slides
-
-    settings = load_settings()
-    configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "predict")
-    check_writable(out)
-    found = find_slides(slides)
-    count = len(found.slides)
-    _say_passed_over(found)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[counted]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("", counted="", total=None)
-
-        def load() -> Engine:
-            from backend.inference.engine import load_engine
-            from backend.jobs.devices import devices_from
-
-            bar.update(task, counted="loading the model")
-            engine = load_engine(settings, device or devices_from(settings.devices)[0])
-            if engine.identity.stand_in:
-                bar.console.print(
-                    "[yellow]MODEL is not set: this is the stand-in model, its results have no medical meaning.[/]"
-                )
-            return engine
-
-        def on_look(number: int, slide: Path) -> None:
-            bar.update(task, description=f"Looking at {slide.name}", completed=number, total=count)
-
-        def on_slide(number: int, slide: Path) -> None:
-            bar.reset(task, description=f"[{number + 1}/{count}] {slide.name}", total=None, counted="")
-
-        def on_error(outcome: Outcome) -> None:
-            assert outcome.error is not None
-            bar.console.print(Text.assemble((f"{outcome.slide}: ", "bold"), (explain(outcome.error), "red")))
-
-        def progress(stage: str, done: int, total: int) -> None:
-            counted = f"{stage} {done}/{total} tiles" if total else stage
-            bar.update(task, completed=done, total=total or None, counted=counted)
-
-        outcomes = predict_files(
-            found.slides,
-            out,
-            settings,
-            load,
-            mpp=mpp,
-            again=again,
-            on_look=on_look,
-            on_slide=on_slide,
-            on_error=on_error,
-            progress=progress,
-        )
-        bar.update(task, visible=False)
-    console.print(_predicted(outcomes))
-    if any(outcome.error for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -339,6 +245,7 @@ def bench(
     A benchmark that fails is named at the end, with exit status 1; the others are measured all the same.
     """
     need_licence()
+    from collections.abc import Sequence
 
     from backend.bench.measure import Figure
     from backend.bench.report import machine, save, table
@@ -376,6 +283,7 @@ def bench(
         raise typer.Exit(1)
 
 
+cli_predict.add_commands(app)
 cli_learning.add_commands(app)
 
 
@@ -394,29 +302,6 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
     if version:
         console.print(__version__)
         raise typer.Exit
-
-
-def _say_passed_over(found: Found) -> None:
-    if found.passed_over:
-        console.print(found.summary, highlight=False, markup=False)
-
-
-def _predicted(outcomes: Sequence[Outcome]) -> Table:
-    """What became of each slide of `predict`."""
-    from backend.commands.hints import explain
-
-    table = Table("slide", "tiles", "µm/px", "written to")
-    for column in table.columns:
-        column.overflow = "fold"  # a path that is cut off is none
-    origins = {"analysed": "", "folder": " (was there already)", "store": " (from the store of results)"}
-    for outcome in outcomes:
-        name = escape(outcome.slide.name)
-        if outcome.error is not None or outcome.bag is None:
-            table.add_row(name, "–", "–", f"[red]{escape(explain(outcome.error)) if outcome.error else ''}[/]")
-        else:
-            scale = f"{outcome.bag.mpp:.4f} ({outcome.bag.mpp_source})"
-            table.add_row(name, str(len(outcome.bag)), scale, f"{escape(str(outcome.folder))}{origins[outcome.origin]}")
-    return table
 
 
 def _stop_on_sigterm() -> None:

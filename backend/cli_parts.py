@@ -3,21 +3,42 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from backend.errors import LicenceNotAccepted
 from backend.settings import Settings, licence_accepted
 
+if TYPE_CHECKING:
+    from backend.slides.discover import Found
+
 console = Console()
 errors = Console(stderr=True)
+
+
+Slides = Annotated[
+    list[Path], typer.Argument(help="Slide files, or folders that are searched for slides.", show_default=False)
+]
+Mpp = Annotated[
+    float | None,
+    typer.Option("--mpp", help="µm per pixel of slides that do not say.", min=0.05, max=5.0, show_default=False),
+]
 
 
 def need_licence() -> None:
     """Refuse to go on without the user's acceptance of mmm's licence."""
     if not licence_accepted():
         raise LicenceNotAccepted
+
+
+def say_passed_over(found: Found) -> None:
+    """Say in one line what a search for slides has passed over, if anything."""
+    if found.passed_over:
+        console.print(found.summary, highlight=False, markup=False)
 
 
 def embedded_redis(stack: ExitStack, settings: Settings) -> None:

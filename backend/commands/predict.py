@@ -41,8 +41,7 @@ if TYPE_CHECKING:  # a call that finds all results there loads no torch
 
 log = logging.getLogger(__name__)
 
-DERIVED = ("heatmap.png", "regions.json", "tiles.geojson")
-"""What is made of ``result.h5`` and the slide."""
+PICTURE, REGIONS, TILES = "heatmap.png", "regions.json", "tiles.geojson"
 
 Origin = Literal["analysed", "folder", "store"]
 
@@ -170,9 +169,9 @@ class _Call:
         folder = self._folders.choose(slide)
         if self._is_there(slide, key):
             result = read_hdf5(folder / RESULT, latents=False)
-            if not all((folder / name).is_file() for name in DERIVED):
-                progress("write", len(result.bag), len(result.bag))
-                write_derived(slide, result, folder, self._settings)
+            progress("write", len(result.bag), len(result.bag))
+            # What a killed call has not written, and what depends on the options of this one. The picture, which takes longest, does not.
+            write_derived(slide, result, folder, self._settings, picture=not (folder / PICTURE).is_file())
             return Outcome(slide, folder, result.bag, "folder")
         check_writable(self._out)  # before minutes of analysis, once for each slide
         stored = None if self._again else self._stored(key)
@@ -201,15 +200,17 @@ class _Call:
         result = replace(result, provenance={**provenance, BAG_KEY: key, SLIDE_ID: slide_id(slide)})
         if written_there(folder)[0] == slide_id(slide):
             with writing_to(folder):
-                for name in DERIVED:  # of the result that is replaced
+                for name in (PICTURE, REGIONS, TILES):  # of the result that is replaced
                     (folder / name).unlink(missing_ok=True)
         folder = self._folders.write(result, slide, folder)
         write_derived(slide, result, folder, self._settings)
         return folder
 
 
-def write_derived(slide: StrPath, result: BagResult, folder: StrPath, settings: Settings) -> None:
-    """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`.
+def write_derived(
+    slide: StrPath, result: BagResult, folder: StrPath, settings: Settings, *, picture: bool = True
+) -> None:
+    """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`. Without latents too.
 
     Raises
     ------
@@ -217,8 +218,11 @@ def write_derived(slide: StrPath, result: BagResult, folder: StrPath, settings: 
         The system refuses to write them.
     """
     slide, folder = Path(slide), Path(folder)
-    with open_slide(slide, settings) as opened:
-        picture = overlay(Image.fromarray(opened.overview(SHOWN_MAX_PX)), result)
+    if picture:
+        with open_slide(slide, settings) as opened:
+            heatmap = overlay(Image.fromarray(opened.overview(SHOWN_MAX_PX)), result)
+        with writing_to(folder), whole_file(folder / PICTURE) as temporary:
+            heatmap.save(temporary, "PNG")
     config_xml = load_template("triage")
     size = shown_size(result.bag.slide_size)
     prediction = predict_regions(
@@ -230,7 +234,5 @@ def write_derived(slide: StrPath, result: BagResult, folder: StrPath, settings: 
     )
     check_prediction(prediction, config_xml, image_size=size)
     with writing_to(folder):
-        with whole_file(folder / "heatmap.png") as temporary:
-            picture.save(temporary, "PNG")
-        write_json(folder / "regions.json", json.loads(json.dumps(prediction)))
-        write_json(folder / "tiles.geojson", to_geojson(result, slide.name))
+        write_json(folder / REGIONS, json.loads(json.dumps(prediction)))
+        write_json(folder / TILES, to_geojson(result, slide.name))

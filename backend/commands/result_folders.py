@@ -48,8 +48,9 @@ def writing_to(folder: Path) -> Iterator[None]:
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
+        there = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), folder)
         raise OutputUnusable(
-            f"Results cannot be written to {folder}: {error.filename} is a file.", hint="Give a folder with --out."
+            f"Results cannot be written to {folder}: {there} is no folder.", hint="Give a folder with --out."
         ) from error
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)

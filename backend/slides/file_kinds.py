@@ -34,8 +34,10 @@ SLIDE_SUFFIXES = PICTURE_SUFFIXES | frozenset(
 
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG, PNG
 _SLIDES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"ZISRAWFILE")  # TIFF, BigTIFF, CZI
-# Pictures that scanners, viewers and segmentation put beside a slide: alone, or after the slide's name.
-_WORD = re.compile(r"(?:(.+)[ ._-])?(thumbnail|thumb|label|macro|overview|preview|mask|tissue|heatmap|overlay)s?")
+# Pictures that scanners, viewers and segmentation make of a slide: a word alone or after the slide's name, or their folder has such a name.
+_WORD = re.compile(
+    r"(?:(.+)[ ._-])?(thumbnail|thumb|label|macro|overview|preview|mask|tissue|heatmap|overlay|contour|stitch)(?:e?s)?"
+)
 _OWN_MASK = ".tissue.png"
 
 
@@ -70,22 +72,24 @@ def kind_of(path: Path) -> Kind:
 def accompanying(kinds: Mapping[Path, Kind], more_slides: Iterable[Path] = ()) -> Iterator[Path]:
     """Those of ``kinds`` that are no slides but pictures of one: thumbnail, label, mask and the like.
 
-    These are ``slide_thumbnail.jpg`` and ``slide_mask.tif`` where there is a slide of that name in any folder; ``slide.jpg`` or ``thumbnail.png`` in
-    the folder of a slide that is no plain image itself; and ``….tissue.png``, which is a mask wherever it lies. ``more_slides``: of DICOM.
+    These are ``slide_thumbnail.jpg``, ``slide_mask.tif`` and ``masks/slide.png`` where there is a slide of that name in any folder; ``slide.jpg`` or
+    ``thumbnail.png`` in the folder of a slide that is no plain image itself; and ``….tissue.png``, which is a mask wherever it lies.
+    ``more_slides``: of DICOM.
     """
     scans = [path for path, kind in kinds.items() if kind is Kind.SLIDE] + list(more_slides)
     names = {name.casefold() for path in (*kinds, *more_slides) for name in (path.stem, path.name)}
     folders = {path.parent for path in scans}
     stems = {(path.parent, path.stem.casefold()) for path in scans}
+    scanned = {stem for _, stem in stems}
     for path, kind in kinds.items():
-        stem = path.stem.casefold()
-        is_picture = kind is Kind.PICTURE
-        if path.name.lower().endswith(_OWN_MASK) or (is_picture and (path.parent, stem) in stems):
-            yield path
-        elif is_picture or path.suffix.lower() in (".tif", ".tiff"):
+        stem, is_picture = path.stem.casefold(), kind is Kind.PICTURE
+        beside = path.name.lower().endswith(_OWN_MASK) or (is_picture and (path.parent, stem) in stems)
+        if is_picture and stem in scanned:
+            beside |= _WORD.fullmatch(path.parent.name.casefold()) is not None
+        if is_picture or path.suffix.lower() in (".tif", ".tiff"):
             # "slide_tissue_mask": words are taken off until the name of a slide is left.
-            while (match := _WORD.fullmatch(stem)) is not None and (is_picture or match[2] == "mask"):
+            while not beside and (match := _WORD.fullmatch(stem)) is not None and (is_picture or match[2] == "mask"):
                 stem = match[1] or ""
-                if stem in names or (not stem and is_picture and path.parent in folders):
-                    yield path
-                    break
+                beside = stem in names or (not stem and is_picture and path.parent in folders)
+        if beside:
+            yield path

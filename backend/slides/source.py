@@ -114,7 +114,9 @@ class SourceResolver:
         self._asked: dict[str, tuple[float, str]] = {}
         self._lock = threading.Lock()
 
-    def resolve(self, value: str | Sequence[str], *, mpp: float | None = None, mpp_override: bool = False) -> SlideRef:
+    def resolve(
+        self, value: StrPath | Sequence[StrPath], *, mpp: float | None = None, mpp_override: bool = False
+    ) -> SlideRef:
         """What the value of a task's field is. Downloads nothing; asks the server about http and Label Studio local files.
 
         Parameters
@@ -138,7 +140,9 @@ class SourceResolver:
         if mpp is not None and not math.isfinite(mpp):
             raise MppUnknown(f"The task says mpp = {mpp}, which is no number.", hint="Correct the task's `mpp`.")
         if isinstance(value, list | tuple):
-            return self._resolve_patches(value, mpp)
+            return self._resolve_patches([os.fspath(v) if isinstance(v, os.PathLike) else v for v in value], mpp)
+        if isinstance(value, os.PathLike):
+            value = os.fspath(value)
         place = classify(value, self._settings)
         return SlideRef(place.kind, (place.location,), self._identity(place), mpp, mpp_override and mpp is not None)
 
