@@ -132,6 +132,8 @@ class _KnownSlides:
     def __contains__(self, path: Path) -> bool:
         if str(path) in self._values:
             return True
+        if not path.is_file():  # opening it says so
+            return False
         if self._files is None:  # only now, as a look at every file of a large project takes its time
             self._files = dict(self._local())
         status = path.stat()

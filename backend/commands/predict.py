@@ -196,8 +196,9 @@ class _Call:
         return self._engine
 
     def _write(self, slide: Path, key: str, result: BagResult, folder: Path) -> Path:
-        provenance = {name: value for name, value in result.provenance.items() if name != SLIDE_REF}
-        result = replace(result, provenance={**provenance, BAG_KEY: key, SLIDE_ID: slide_id(slide)})
+        provenance = {**result.provenance, BAG_KEY: key, SLIDE_ID: slide_id(slide)}
+        provenance.pop(SLIDE_REF, None)  # where the slide lies is not for those who are given the file
+        result = replace(result, provenance=dict(sorted(provenance.items())))  # as it is read back
         if written_there(folder)[0] == slide_id(slide):
             with writing_to(folder):
                 for name in (PICTURE, REGIONS, TILES):  # of the result that is replaced

@@ -24,6 +24,7 @@ from backend.errors import (
     SettingsError,
     StoreUnavailable,
 )
+from backend.paths import StrPath
 from backend.results.bag import BagResult, Float32Array
 from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
 
@@ -57,8 +58,8 @@ class ResultStore:
         fsspec does not know such a store, or lacks the package for it.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: StrPath) -> None:
+        self.url = url = os.fspath(url)
         self._fs: Any
         # fsspec may remember listings for ever, and others write here too.
         remembers_nothing = {"use_listings_cache": False} if "://" in url else {}

@@ -219,6 +219,7 @@ class _Search:
             of_mirax = any(entry.name == _MIRAX_INDEX for entry in entries)
             if of_mirax and _slide_of_data(folder) is None:
                 self._pass(folder, Why.LONE_DATA, folder.name)
+            inner: list[Path] = []
             for entry in entries:
                 path = folder / entry.name
                 if entry.name.startswith("."):
@@ -226,9 +227,10 @@ class _Search:
                 if entry.is_symlink():
                     self._links.append((order, path))
                 elif entry.is_dir():
-                    pending.append(path)
+                    inner.append(path)
                 elif entry.is_file() and not (of_mirax and path.suffix.lower() in (".dat", ".ini")):
                     self._files.append((order, path))
+            pending.extend(reversed(inner))  # the first is searched next
 
     def _follow_links(self) -> None:
         while self._links:
