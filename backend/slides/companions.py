@@ -13,7 +13,7 @@ from pathlib import Path
 
 from backend.errors import SourceRefused
 from backend.settings import Settings
-from backend.slides.dicom_series import is_dicom, series_files
+from backend.slides.dicom_series import is_dicom, series_of
 from backend.slides.places import shown
 
 # The entries of Hamamatsu's .vms and .vmu, and of MIRAX' Slidedat.ini, that name files; always without a folder.
@@ -36,7 +36,7 @@ def companion_files(path: Path) -> list[Path]:
     if is_hamamatsu_index(path):
         parts = (path.parent / name for name in named_files(path))
         return sorted(part for part in parts if part.is_file())
-    return [part for part in series_files(path) if part != path] if is_dicom(path) else []
+    return [part for part in series_of(path) if part != path] if is_dicom(path) else []
 
 
 def named_files(index: Path) -> set[str]:

@@ -5,7 +5,9 @@ A series holds a file for each level, and often label, overview and thumbnail. O
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import stat
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,35 +44,37 @@ def _header(path: str, _size: int, _mtime_ns: int) -> DicomHeader | None:
 def series_in(folder: Path) -> dict[str, dict[Path, DicomHeader]]:
     """The slides' series in a folder, by SeriesInstanceUID, their files by name. A file without that UID is a series of its own."""
     found: dict[str, dict[Path, DicomHeader]] = {}
-    for entry in sorted(folder.iterdir()):
-        try:
-            header = header_of(entry) if entry.is_file() else None
-        except OSError:  # it is gone meanwhile, or may not be read: OpenSlide cannot use it either
-            continue
-        if header is not None and header.is_whole_slide:
-            found.setdefault(series_key(entry, header), {})[entry] = header
+    for name, header in _slide_images(folder):
+        found.setdefault(header.series_uid or name, {})[folder / name] = header
     return found
 
 
-def series_key(path: Path, header: DicomHeader) -> str:
-    """What the files of one slide in a folder share."""
-    return header.series_uid or path.name
-
-
-def series_files(path: Path) -> list[Path]:
-    """The files in the folder of ``path`` that are of its series, sorted; only itself if its header cannot be read or it shows no slide."""
+def series_of(path: Path) -> Series:
+    """The files of the series of ``path``, in its folder; none if its header cannot be read or it shows no slide."""
     header = header_of(path)
     if header is None or not header.is_whole_slide:
-        return [path]
-    return list(series_in(path.parent).get(series_key(path, header), {path: header}))
+        return {}
+    if not header.series_uid:
+        return {path: header}
+    images = _slide_images(path.parent)
+    return {path.parent / name: other for name, other in images if other.series_uid == header.series_uid}
+
+
+def _slide_images(folder: Path) -> Iterator[tuple[str, DicomHeader]]:
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        try:
+            status = entry.stat()  # one for each file: an archive's folder may hold thousands, on a network share
+            is_file = stat.S_ISREG(status.st_mode)
+            header = _header(entry.path, status.st_size, status.st_mtime_ns) if is_file else None
+        except OSError:  # it is gone meanwhile, or may not be read: OpenSlide cannot use it either
+            continue
+        if header is not None and header.is_whole_slide:
+            yield entry.name, header
 
 
 def slide_instance(path: Path) -> str:
     """The SOPInstanceUID of the finest level of the slide that a file belongs to: the same for all files and copies of it. ``""`` if there is none."""
-    header = header_of(path)
-    if header is None or not header.is_whole_slide:
-        return ""
-    series = series_in(path.parent).get(series_key(path, header), {})
+    series = series_of(path)
     opening = opening_file(series)
     return series[opening].instance_uid if opening is not None else ""
 

@@ -17,7 +17,7 @@ from backend.errors import SlideNotFound
 from backend.paths import StrPath
 from backend.slides.companions import is_hamamatsu_index, named_files
 from backend.slides.dicom_header import DicomHeader
-from backend.slides.dicom_series import header_of, opening_file, series_in, series_key
+from backend.slides.dicom_series import header_of, opening_file, series_in
 from backend.slides.file_kinds import SLIDE_SUFFIXES, Kind, accompanying, kind_of
 
 _RESULTS, _RESULT_PICTURES = frozenset(("result.h5", "regions.json")), frozenset(("heatmap.png", "tissue.png"))
@@ -182,7 +182,7 @@ class _Search:
                 self._pass(path, Why.DAMAGED_DICOM, path.name)
             elif not header.is_whole_slide:
                 self._pass(path, Why.OTHER_DICOM, header.sop_class_name)
-            elif (of := (path.parent, series_key(path, header))) not in seen:
+            elif (of := (path.parent, header.series_uid or path.name)) not in seen:
                 seen.add(of)
                 if path.parent not in series:
                     series[path.parent] = series_in(path.parent)

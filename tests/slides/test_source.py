@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -227,12 +228,26 @@ def test_the_identity_of_an_mrxs_covers_its_folder(root: Path, settings: Make) -
     assert resolver.resolve("m.mrxs").identity != first
 
 
+def dicom(series: bytes) -> bytes:
+    """The head of an image of a slide (PS3.10, 7.1; explicit VR, little endian): its kind of object and its series."""
+
+    def element(tag: bytes, uid: bytes) -> bytes:
+        return tag + b"UI" + struct.pack("<H", len(uid) + len(uid) % 2) + uid + b"\0" * (len(uid) % 2)
+
+    meta = element(b"\2\0\x10\0", b"1.2.840.10008.1.2.1")
+    data = element(b"\x08\0\x16\0", b"1.2.840.10008.5.1.4.1.1.77.1.6") + element(b"\x20\0\x0e\0", series)
+    return bytes(128) + b"DICM" + b"\2\0\0\0UL\4\0" + struct.pack("<I", len(meta)) + meta + data
+
+
 def test_the_identity_of_a_dicom_slide_covers_its_series(root: Path, settings: Make) -> None:
-    for name in ("1.dcm", "2.dcm"):
-        (root / "sub" / name).write_bytes(bytes(128) + b"DICM" + name.encode())
+    for name in ("1.dcm", "2"):
+        (root / "sub" / name).write_bytes(dicom(b"1.2.3"))
     resolver = local(settings, root)
     first = resolver.resolve("sub/1.dcm").identity
-    (root / "sub" / "3.dcm").write_bytes(bytes(128) + b"DICM")
+    for name, data in {"other series.dcm": dicom(b"1.2.4"), "damaged.dcm": bytes(128) + b"DICM"}.items():
+        (root / "sub" / name).write_bytes(data)
+    assert resolver.resolve("sub/1.dcm").identity == first
+    (root / "sub" / "3").write_bytes(dicom(b"1.2.3"))
     assert resolver.resolve("sub/1.dcm").identity != first
 
 
