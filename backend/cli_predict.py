@@ -36,7 +36,10 @@ def predict(
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Analyse also what is analysed already.")] = False,
 ) -> None:
-    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath. Again analyses only what is not there."""
+    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath.
+
+    Running it again analyses only what is not there yet.
+    """
     need_licence()  # before seconds of imports
     from backend.commands.hints import explain
     from backend.commands.predict import predict_files

@@ -1,11 +1,13 @@
-"""What a person at the command line can do about an error: the hints of the slides' errors speak of a task's fields, which a command has not."""
+"""What a person at the command line can do about an error: the hints of the slides' errors speak of a task's fields,
+which a command has not.
+"""
 
 from __future__ import annotations
 
 from backend.errors import BackendError, MppUnknown, SlideTooSmall
 
 _HINTS: dict[type[BackendError], str] = {
-    MppUnknown: "Give it as --mpp (µm per pixel, such as --mpp 0.5), or set DEFAULT_MPP if all your slides share one scale.",
+    MppUnknown: "Give it as --mpp (µm per pixel, such as --mpp 0.5); DEFAULT_MPP sets one scale for all your slides.",
     SlideTooSmall: "If this is a thumbnail, give the slide itself; if its scale is another, give that as --mpp.",
 }
 

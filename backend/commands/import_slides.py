@@ -60,14 +60,16 @@ def import_slides(
     retrieve: bool = True,
     say: Said = lambda _: None,
 ) -> Imported:
-    """Make every slide a task of ``project``. Running it again adds only new slides: one that is a task under another name counts as present.
+    """Make every slide a task of ``project``. Running it again adds only new slides: one that is a task under another
+    name counts as present.
 
     Parameters
     ----------
     slides
         Files below ``SLIDE_ROOTS``.
     project
-        Title or number of the project; a title that does not exist yet is created with ``template`` as its labelling config.
+        Title or number of the project; a title that does not exist yet is created with ``template`` as its labelling
+        config.
     mpp
         Written into the new tasks: µm per pixel for slides that do not say.
     backend_url
@@ -121,7 +123,9 @@ def import_slides(
 
 
 class _KnownSlides:
-    """The slides of a project's tasks, under whatever name: by text, by file (all links to it), and by DICOM instance (copies, other levels)."""
+    """The slides of a project's tasks, under whatever name: by text, by file (all links to it), and by DICOM instance
+    (copies, other levels).
+    """
 
     def __init__(self, values: Iterable[str], settings: Settings) -> None:
         self._values = set(values)

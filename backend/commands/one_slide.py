@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def failures_named(slide: Path) -> Iterator[None]:
-    """Whatever a library raises over ``slide`` as :class:`~backend.errors.UnexpectedFailure`, with the traceback in the log."""
+    """Whatever a library raises over ``slide`` as :class:`~backend.errors.UnexpectedFailure`, with the traceback in the
+    log.
+    """
     try:
         yield
     except BackendError:

@@ -1,7 +1,8 @@
 """``wsc-backend predict``: slides on disk → heatmap, regions, HDF5, GeoJSON. Neither Label Studio nor Redis.
 
-What is analysed already, in the folder of a former call or in the store of results, is not analysed again. In a slide's folder ``result.h5`` is
-written first; all other files are made of it and of the slide, so that a call that was killed is completed without the model.
+What is analysed already, in the folder of a former call or in the store of results, is not analysed again. In a slide's
+folder ``result.h5`` is written first; all other files are made of it and of the slide, so that a call that was killed
+is completed without the model.
 """
 
 from __future__ import annotations
@@ -76,11 +77,12 @@ def predict_files(
     on_error: Callable[[Outcome], None] = lambda _: None,
     progress: StageProgress = lambda *_: None,
 ) -> list[Outcome]:
-    """Analyse each slide and write its files into ``out/<name of the slide>/``, with a suffix where another slide has that name.
+    """Analyse each slide and write its files into ``out/<name of the slide>/``, with a suffix where another slide has
+    that name.
 
     Written are ``heatmap.png`` (attention over the slide), ``regions.json`` (a Label Studio prediction for the default
-    labelling config), ``tiles.geojson`` (for QuPath) and ``result.h5``. All slides are opened first, so that what is wrong with one is said before the
-    long work. A slide that fails does not stop the others.
+    labelling config), ``tiles.geojson`` (for QuPath) and ``result.h5``. All slides are opened first, so that what is
+    wrong with one is said before the long work. A slide that fails does not stop the others.
 
     Parameters
     ----------
@@ -170,7 +172,8 @@ class _Call:
         if self._is_there(slide, key):
             result = read_hdf5(folder / RESULT, latents=False)
             progress("write", len(result.bag), len(result.bag))
-            # What a killed call has not written, and what depends on the options of this one. The picture, which takes longest, does not.
+            # What a killed call has not written, and what depends on the options of this one. The picture, which takes
+            # longest, does not.
             write_derived(slide, result, folder, self._settings, picture=not (folder / PICTURE).is_file())
             return Outcome(slide, folder, result.bag, "folder")
         check_writable(self._out)  # before minutes of analysis, once for each slide
@@ -211,7 +214,8 @@ class _Call:
 def write_derived(
     slide: StrPath, result: BagResult, folder: StrPath, settings: Settings, *, picture: bool = True
 ) -> None:
-    """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`. Without latents too.
+    """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`. Without latents
+    too.
 
     Raises
     ------

@@ -1,4 +1,6 @@
-"""The folders that ``predict`` writes into: one for each slide, the same one for the same slide, and never that of another slide."""
+"""The folders that ``predict`` writes into: one for each slide, the same one for the same slide, and never that of
+another slide.
+"""
 
 from __future__ import annotations
 
@@ -61,8 +63,9 @@ def writing_to(folder: Path) -> Iterator[None]:
 class ResultFolders:
     """Chooses a folder below ``out`` for each slide of a call.
 
-    It has the slide's name, where no other slide of the call or of an earlier one has the same; else a suffix that depends on the slide alone, so that
-    neither order nor choice of the slides matters. A slide keeps the folder in which its results lie.
+    It has the slide's name, where no other slide of the call or of an earlier one has the same; else a suffix that
+    depends on the slide alone, so that neither order nor choice of the slides matters. A slide keeps the folder in
+    which its results lie.
 
     Parameters
     ----------
@@ -102,7 +105,8 @@ class ResultFolders:
         return free[0]
 
     def write(self, result: BagResult, slide: Path, folder: Path) -> Path:
-        """Write ``result.h5`` into ``folder``; into another if another slide's results came there meanwhile. Returns the folder.
+        """Write ``result.h5`` into ``folder``; into another if another slide's results came there meanwhile. Returns
+        the folder.
 
         Raises
         ------
@@ -135,7 +139,9 @@ def _claim(temporary: Path, target: Path) -> None:
 
 
 def written_there(folder: Path) -> tuple[str, str]:
-    """Of which slide (its :func:`slide_id`) and bag key the result in a folder is; ``""`` for what is not known or not there."""
+    """Of which slide (its :func:`slide_id`) and bag key the result in a folder is; ``""`` for what is not known or not
+    there.
+    """
     if not (folder / RESULT).is_file():
         return "", ""
     try:

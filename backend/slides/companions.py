@@ -1,7 +1,7 @@
 """The files that are opened together with a slide of several files: they too must lie where slides may come from.
 
-OpenSlide opens what a slide's index names and what lies beside it. An index of one's own making could name any file of this machine, and a
-link beside it could lead there.
+OpenSlide opens what a slide's index names and what lies beside it. An index of one's own making could name any file of
+this machine, and a link beside it could lead there.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _HAMAMATSU_MAX_BYTES = 2**17  # OpenSlide takes half of that
 
 
 def companion_files(path: Path) -> list[Path]:
-    """The other files of a slide that consists of several, sorted: what lies in the folder of a ``.mrxs``, what the index of a ``.vms`` or ``.vmu``
-    names, the series of a DICOM file. Files that are not there are left out.
+    """The other files of a slide that consists of several, sorted: what lies in the folder of a ``.mrxs``, what the
+    index of a ``.vms`` or ``.vmu`` names, the series of a DICOM file. Files that are not there are left out.
     """
     if path.suffix.lower() == ".mrxs":
         folder = path.with_suffix("")
@@ -46,7 +46,8 @@ def named_files(index: Path) -> set[str]:
 
 
 def check_companions(path: Path, settings: Settings) -> None:
-    """Return if all that is opened together with ``path`` lies inside ``SLIDE_ROOTS``. A slide that was downloaded must be one file.
+    """Return if all that is opened together with ``path`` lies inside ``SLIDE_ROOTS``. A slide that was downloaded must
+    be one file.
 
     Raises
     ------

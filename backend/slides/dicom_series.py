@@ -1,6 +1,7 @@
-"""The files of one DICOM slide: images of a slide (by SOP class) that share a folder and a SeriesInstanceUID, as OpenSlide puts them together.
+"""The files of one DICOM slide: images of a slide (by SOP class) that share a folder and a SeriesInstanceUID, as
+OpenSlide puts them together.
 
-A series holds a file for each level, and often label, overview and thumbnail. OpenSlide opens the slide by any level; not by its label.
+A series holds a file for each level, and often label, overview and thumbnail. OpenSlide opens the slide by any of them.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def is_dicom(path: StrPath) -> bool:
 
 
 def header_of(path: Path) -> DicomHeader | None:
-    """The header of a file; ``None`` if it is no DICOM, or one whose header is damaged. Remembered until its size or modification time changes."""
+    """The header of a file; ``None`` if it is no DICOM, or one whose header is damaged. Remembered until its size or
+    modification time changes.
+    """
     status = path.stat()
     return _header(str(path), status.st_size, status.st_mtime_ns)
 
@@ -42,7 +45,9 @@ def _header(path: str, _size: int, _mtime_ns: int) -> DicomHeader | None:
 
 
 def series_in(folder: Path) -> dict[str, dict[Path, DicomHeader]]:
-    """The slides' series in a folder, by SeriesInstanceUID, their files by name. A file without that UID is a series of its own."""
+    """The slides' series in a folder, by SeriesInstanceUID, their files by name. A file without that UID is a series of
+    its own.
+    """
     found: dict[str, dict[Path, DicomHeader]] = {}
     for name, header in _slide_images(folder):
         found.setdefault(header.series_uid or name, {})[folder / name] = header
@@ -73,14 +78,18 @@ def _slide_images(folder: Path) -> Iterator[tuple[str, DicomHeader]]:
 
 
 def slide_instance(path: Path) -> str:
-    """The SOPInstanceUID of the finest level of the slide that a file belongs to: the same for all files and copies of it. ``""`` if there is none."""
+    """The SOPInstanceUID of the finest level of the slide that a file belongs to: the same for all files and copies of
+    it. ``""`` if there is none.
+    """
     series = series_of(path)
     opening = opening_file(series)
     return series[opening].instance_uid if opening is not None else ""
 
 
 def opening_file(series: Series) -> Path | None:
-    """The file by which a series is opened: its finest level, first by name of equals; ``None`` if it has no level, only a label or the like."""
+    """The file by which a series is opened: its finest level, first by name of equals; ``None`` if it has no level,
+    only a label or the like.
+    """
     levels = {path: header for path, header in series.items() if _NO_LEVEL.isdisjoint(header.image_type)}
     if not levels:
         return None

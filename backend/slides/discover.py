@@ -1,6 +1,8 @@
-"""Finding slides in folders: one path for each slide, however many files it consists of and names it has, and what was passed over and why.
+"""Finding slides in folders: one path for each slide, however many files it consists of and names it has, and what was
+passed over and why.
 
-Files are known by their first bytes, so that a slide needs no ending; a known ending suffices too, so that a damaged slide is named when it is opened.
+Files are known by their first bytes, so that a slide needs no ending; a known ending suffices too, so that a damaged
+slide is named when it is opened.
 """
 
 from __future__ import annotations
@@ -54,14 +56,18 @@ class PassedOver:
 
 @dataclass(frozen=True)
 class Found:
-    """The slides that a search found, in order, and what it passed over. The files that belong to a slide of several files are neither."""
+    """The slides that a search found, in order, and what it passed over. The files that belong to a slide of several
+    files are neither.
+    """
 
     slides: list[Path] = field(default_factory=list)
     passed_over: list[PassedOver] = field(default_factory=list)
 
     @property
     def summary(self) -> str:
-        """What was passed over, in one line: ``"Passed over: 12 files of no slide format (.xml 10, .txt 2), 1 broken link (a.svs)."``; or ``""``."""
+        """What was passed over, in one line: ``"Passed over: 12 files of no slide format (.xml 10, .txt 2), 1 broken
+        link (a.svs)."``; or ``""``.
+        """
         groups = [self._group(why) for why in Why]
         said = ", ".join(group for group in groups if group)
         return f"Passed over: {said}." if said else ""
@@ -76,16 +82,19 @@ class Found:
 
 
 def find_slides(paths: StrPath | Iterable[StrPath]) -> Found:
-    """The slides among ``paths``: files, and folders that are searched with their subfolders. A single path may be given as such.
+    """The slides among ``paths``: files, and folders that are searched with their subfolders. A single path may be
+    given as such.
 
-    One slide is one path: by real file (links and hard links are other names of it; the first that is no link is taken), and for DICOM by series
-    and kind of object. Files of a ``.mrxs`` or ``.vms`` belong to it. Pictures that accompany slides, and what is of no slide format, are passed
-    over, as are hidden files. If that leaves nothing, files that were named themselves are taken as they are.
+    One slide is one path: by real file (links and hard links are other names of it; the first that is no link is
+    taken), and for DICOM by series and kind of object. Files of a ``.mrxs`` or ``.vms`` belong to it. Pictures that
+    accompany slides, and what is of no slide format, are passed over, as are hidden files. If that leaves nothing,
+    files that were named themselves are taken as they are.
 
     Raises
     ------
     SlideNotFound
-        No path exists, or there is no slide in any of them. One of several that does not exist is taken for a slide: opening it says so.
+        No path exists, or there is no slide in any of them. One of several that does not exist is taken for a slide:
+        opening it says so.
     """
     given = [Path(paths)] if isinstance(paths, str | os.PathLike) else [Path(path) for path in paths]
     if given and not any(os.path.lexists(path) for path in given):
@@ -171,7 +180,9 @@ class _Search:
         return False
 
     def _dicom_slides(self, files: list[Path]) -> dict[Path, Path]:
-        """By which file each slide is opened of which ``files`` are levels, and the first of these. More levels may lie beside those."""
+        """By which file each slide is opened of which ``files`` are levels, and the first of these. More levels may lie
+        beside those.
+        """
         found: dict[Path, Path] = {}
         instances: dict[str, Path] = {}
         series: dict[Path, dict[str, dict[Path, DicomHeader]]] = {}

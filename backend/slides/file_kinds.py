@@ -1,4 +1,6 @@
-"""What a file in a folder of slides is: by its first bytes, by its ending where those say nothing, and by its name where it only accompanies a slide."""
+"""What a file in a folder of slides is: by its first bytes, by its ending where those say nothing, and by its name
+where it only accompanies a slide.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ SLIDE_SUFFIXES = PICTURE_SUFFIXES | frozenset(
 
 _PICTURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")  # JPEG, PNG
 _SLIDES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"ZISRAWFILE")  # TIFF, BigTIFF, CZI
-# Pictures that scanners, viewers and segmentation make of a slide: a word alone or after the slide's name, or their folder has such a name.
+# Pictures that scanners, viewers and segmentation make of a slide: a word alone or after the slide's name, or their
+# folder has such a name.
 _WORD = re.compile(
     r"(?:(.+)[ ._-])?(thumbnail|thumb|label|macro|overview|preview|mask|tissue|heatmap|overlay|contour|stitch)(?:e?s)?"
 )
@@ -42,7 +45,9 @@ _OWN_MASK = ".tissue.png"
 
 
 class Kind(Enum):
-    """Of a file: nothing that is read here; a slide; a plain JPEG or PNG, which may be a slide; DICOM of any kind; one that may not be read."""
+    """Of a file: nothing that is read here; a slide; a plain JPEG or PNG, which may be a slide; DICOM of any kind; one
+    that may not be read.
+    """
 
     NONE = auto()
     SLIDE = auto()
@@ -52,7 +57,9 @@ class Kind(Enum):
 
 
 def kind_of(path: Path) -> Kind:
-    """The kind of a file. One with a slide's ending is a slide even if its content fits none or cannot be read: opening it says what is wrong."""
+    """The kind of a file. One with a slide's ending is a slide even if its content fits none or cannot be read: opening
+    it says what is wrong.
+    """
     suffix = path.suffix.lower()
     by_name = Kind.PICTURE if suffix in PICTURE_SUFFIXES else Kind.SLIDE if suffix in SLIDE_SUFFIXES else None
     try:
@@ -72,9 +79,9 @@ def kind_of(path: Path) -> Kind:
 def accompanying(kinds: Mapping[Path, Kind], more_slides: Iterable[Path] = ()) -> Iterator[Path]:
     """Those of ``kinds`` that are no slides but pictures of one: thumbnail, label, mask and the like.
 
-    These are ``slide_thumbnail.jpg``, ``slide_mask.tif`` and ``masks/slide.png`` where there is a slide of that name in any folder; ``slide.jpg`` or
-    ``thumbnail.png`` in the folder of a slide that is no plain image itself; and ``….tissue.png``, which is a mask wherever it lies.
-    ``more_slides``: of DICOM.
+    These are ``slide_thumbnail.jpg``, ``slide_mask.tif`` and ``masks/slide.png`` where there is a slide of that name in
+    any folder; ``slide.jpg`` or ``thumbnail.png`` in the folder of a slide that is no plain image itself; and
+    ``….tissue.png``, which is a mask wherever it lies. ``more_slides``: of DICOM.
     """
     scans = [path for path, kind in kinds.items() if kind is Kind.SLIDE] + list(more_slides)
     names = {name.casefold() for path in (*kinds, *more_slides) for name in (path.stem, path.name)}

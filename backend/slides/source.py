@@ -241,8 +241,8 @@ class SourceResolver:
 
 
 def file_identity(path: StrPath) -> str:
-    """Path, size and modification time of a slide's file, and of the files that are read with it (:func:`~backend.slides.companions.companion_files`)
-    and of no others: a second slide in the same folder does not change it.
+    """Path, size and modification time of a slide's file, and of the files that are read with it
+    (:func:`~backend.slides.companions.companion_files`) and of no others: a second slide in its folder changes nothing.
 
     Raises
     ------
