@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from backend import __version__, cli_learning, cli_predict
+from backend import __version__, cli_exports, cli_learning, cli_predict
 from backend.cli_parts import Mpp, Slides, console, embedded_redis, errors, need_licence, say_passed_over
 from backend.errors import BackendError
 from backend.logs import configure_logging
@@ -285,6 +285,7 @@ def bench(
 
 cli_predict.add_commands(app)
 cli_learning.add_commands(app)
+cli_exports.add_commands(app)
 
 
 @app.command("settings")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 from rich.text import Text
 
+from backend.cli_exports import features_of_folders
 from backend.cli_parts import Mpp, Slides, console, need_licence, say_passed_over
 from backend.logs import configure_logging
 from backend.settings import load_settings
@@ -35,8 +36,25 @@ def predict(
         str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
     ] = None,
     again: Annotated[bool, typer.Option("--again", help="Analyse also what is analysed already.")] = False,
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="Write the features for clam or trident as well, into a folder of that name in --out; "
+            "`export-features` does so later.",
+            show_default=False,
+        ),
+    ] = "",
+    level0: Annotated[
+        bool,
+        typer.Option(
+            "--level0",
+            help="GeoJSON in level-0 coordinates. QuPath's differ where a slide states its scanned area "
+            "(mrxs, scn, czi, bif).",
+        ),
+    ] = False,
 ) -> None:
-    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath.
+    """Analyse slides without Label Studio: heatmap PNG, regions JSON, HDF5, GeoJSON for QuPath; features for CLAM or
+    TRIDENT.
 
     Running it again analyses only what is not there yet.
     """
@@ -44,8 +62,11 @@ def predict(
     from backend.commands.hints import explain
     from backend.commands.predict import predict_files
     from backend.commands.result_folders import check_writable
+    from backend.results.features import layout_named
     from backend.slides.discover import find_slides
 
+    if layout:
+        layout_named(layout)
     settings = load_settings()
     configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "predict")
     check_writable(out)
@@ -95,6 +116,7 @@ def predict(
             load,
             mpp=mpp,
             again=again,
+            level0=level0,
             on_look=on_look,
             on_slide=on_slide,
             on_error=on_error,
@@ -102,7 +124,11 @@ def predict(
         )
         bar.update(task, visible=False)
     console.print(_predicted(outcomes))
-    if any(outcome.error for outcome in outcomes):
+    failed = any(outcome.error for outcome in outcomes)
+    if layout:
+        folders = [outcome.folder for outcome in outcomes if outcome.folder is not None]
+        failed |= not features_of_folders(folders, out / layout, layout)
+    if failed:
         raise typer.Exit(1)
 
 

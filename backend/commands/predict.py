@@ -28,10 +28,11 @@ from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.regions import predict_regions
 from backend.paths import StrPath
 from backend.results.bag import BAG_KEY, SLIDE_ID, SLIDE_REF, Bag, BagResult
-from backend.results.export import to_geojson, whole_file, write_json
+from backend.results.export import whole_file, write_json
 from backend.results.hdf5 import read_hdf5
 from backend.results.store import ResultStore
 from backend.settings import Settings
+from backend.slides.geojson import to_geojson
 from backend.slides.reader import open_slide
 from backend.slides.render import SHOWN_MAX_PX, overlay, shown_size
 from backend.slides.source import SlideRef, file_identity
@@ -72,6 +73,7 @@ def predict_files(
     *,
     mpp: float | None = None,
     again: bool = False,
+    level0: bool = False,
     on_look: Callable[[int, Path], None] = lambda *_: None,
     on_slide: Callable[[int, Path], None] = lambda *_: None,
     on_error: Callable[[Outcome], None] = lambda _: None,
@@ -92,6 +94,8 @@ def predict_files(
         µm per pixel of slides that do not say.
     again
         Whether to analyse also what is analysed already.
+    level0
+        Whether ``tiles.geojson`` has the coordinates of level 0 instead of QuPath's.
     on_look, on_slide
         Called with number and path of each slide before it is opened for a first look, and before it is analysed.
     on_error
@@ -104,7 +108,7 @@ def predict_files(
     ModelError
         There is no such model. Errors of the model while slides are analysed are those of the slides.
     """
-    call = _Call([Path(slide) for slide in slides], Path(out), settings, engine, mpp, again)
+    call = _Call([Path(slide) for slide in slides], Path(out), settings, engine, mpp, again, level0)
     outcomes: dict[int, Outcome] = {}
     keys: dict[int, str] = {}
 
@@ -141,12 +145,14 @@ class _Call:
         engine: Engine | Callable[[], Engine],
         mpp: float | None,
         again: bool,
+        level0: bool,
     ) -> None:
         self.slides = slides
         self._out = out
         self._settings = settings
         self._mpp = mpp
         self._again = again
+        self._level0 = level0
         check_writable(out)
         self._store = ResultStore(settings.results_location)
         self._engine = engine
@@ -174,7 +180,8 @@ class _Call:
             progress("write", len(result.bag), len(result.bag))
             # What a killed call has not written, and what depends on the options of this one. The picture, which takes
             # longest, does not.
-            write_derived(slide, result, folder, self._settings, picture=not (folder / PICTURE).is_file())
+            picture = not (folder / PICTURE).is_file()
+            write_derived(slide, result, folder, self._settings, picture=picture, level0=self._level0)
             return Outcome(slide, folder, result.bag, "folder")
         check_writable(self._out)  # before minutes of analysis, once for each slide
         stored = None if self._again else self._stored(key)
@@ -207,12 +214,18 @@ class _Call:
                 for name in (PICTURE, REGIONS, TILES):  # of the result that is replaced
                     (folder / name).unlink(missing_ok=True)
         folder = self._folders.write(result, slide, folder)
-        write_derived(slide, result, folder, self._settings)
+        write_derived(slide, result, folder, self._settings, level0=self._level0)
         return folder
 
 
 def write_derived(
-    slide: StrPath, result: BagResult, folder: StrPath, settings: Settings, *, picture: bool = True
+    slide: StrPath,
+    result: BagResult,
+    folder: StrPath,
+    settings: Settings,
+    *,
+    picture: bool = True,
+    level0: bool = False,
 ) -> None:
     """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`. Without latents
     too.
@@ -240,4 +253,4 @@ def write_derived(
     check_prediction(prediction, config_xml, image_size=size)
     with writing_to(folder):
         write_json(folder / REGIONS, json.loads(json.dumps(prediction)))
-        write_json(folder / TILES, to_geojson(result, slide.name))
+        write_json(folder / TILES, to_geojson(result, slide.name, level0=level0))

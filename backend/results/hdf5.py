@@ -1,11 +1,12 @@
-"""A bag's result as one HDF5 file, with the names that the field's tools use.
+"""A bag's result as one HDF5 file. Other programs' files are made of it by :mod:`backend.results.features`.
 
 ====================  =======  ========  ==================================================
 dataset               dtype    shape     meaning
 ====================  =======  ========  ==================================================
 ``features``          float16  (N, D)    latent of each tile
 ``coords``            int64    (N, 2)    level-0 x, y of each tile's top-left corner; attributes ``patch_size`` (pixels
-                                         as encoded) and ``patch_size_level0`` (level-0 pixels), as in CLAM's files
+                                         as encoded), ``patch_size_level0`` (level-0 pixels, a float) and, where the
+                                         slide states what was scanned, ``bounds`` (level-0 x, y, width, height)
 ``grid``              int64    (N, 2)    column, row of each tile
 ``attention_logits``  float32  (N, H)    attention before the softmax
 ``slide_embedding``   float32  (D,)      the slide vector
@@ -79,6 +80,8 @@ def write_hdf5(result: BagResult, file: StrPath | BinaryIO) -> None:
             h5.create_dataset(name, data=array, chunks=chunks, fletcher32=True)
         h5["coords"].attrs["patch_size"] = bag.tile_px
         h5["coords"].attrs["patch_size_level0"] = bag.tile_size_level0
+        if bag.bounds is not None:
+            h5["coords"].attrs["bounds"] = bag.bounds
         features = _chunks(h5["features"])
     seal = make_seal(file, result.slide_embedding, features)
     file.seek(0, os.SEEK_END)
