@@ -61,7 +61,7 @@ def export_features(
     heads), `attention_scores` (their mean) and `slide_embedding` as well. Files are named by their slides; slides that share a name get a suffix
     that stays the same. A bag of patches has no coordinates: its features are written without.
     """
-    from backend.commands.export_features import results_in, results_of_project, results_of_store
+    from backend.commands.export_features import results_in, results_of_store
     from backend.results.features import layout_named
 
     layout_named(layout)
@@ -79,6 +79,8 @@ def export_features(
             configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "export-features")
             services = stack.enter_context(closing(Services(settings)))
             if project:
+                from backend.commands.project_features import results_of_project
+
                 sources, unanalysed = results_of_project(services, project, bar.stage)
                 if unanalysed:
                     errors.print(f"{unanalysed} tasks without a result are left out", highlight=False)

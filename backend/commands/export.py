@@ -19,7 +19,9 @@ from backend.learning.heads import Float64Array, Head, predict
 from backend.learning.labels import SLIDE_KINDS, SlideLabel, Target
 from backend.learning.snapshot import ProjectSnapshot, words
 from backend.paths import StrPath
+from backend.results.export import readable
 from backend.results.slide_table import Cell, Column, ColumnKind, SlideTable, write_table, writer
+from backend.slides.places import public
 
 Said = Callable[[str], None]
 
@@ -93,7 +95,9 @@ def slide_table(
     version = services.versions.version(project)
     columns: dict[str, Column] = {
         "task": Column("integer", [slide.task for slide in lesson.slides]),
-        "slide": Column("text", [slide.name for slide in lesson.slides]),
+        "slide": Column("text", [readable(slide.name) for slide in lesson.slides]),
+        # Two slides may share a name. Of a bag of patches, its first image.
+        "location": Column("text", [readable(public(slide.ref.locations[0])) for slide in lesson.slides]),
         "bag": Column("text", [slide.key for slide in lesson.slides]),
         "annotated": Column("yes_no", [slide.task in lesson.annotated for slide in lesson.slides]),
     }

@@ -13,15 +13,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from backend.errors import BackendError, FileExists, ResultNotFound, SourceError, StoreUnavailable
-from backend.label_studio.labeling_config import parse_config
-from backend.label_studio.services import Services
-from backend.label_studio.teaching import Progress, Teacher
 from backend.results.bag import SLIDE_REF, BagResult
 from backend.results.export import write_bytes
 from backend.results.features import Layout, feature_files, layout_named, slide_name
 from backend.results.hdf5 import read_hdf5
 from backend.results.store import ResultStore
 from backend.slides.source import SlideRef
+
+Progress = Callable[[str, int, int], None]
 
 _RESULT = "result.h5"
 
@@ -232,41 +231,12 @@ def results_of_store(store: ResultStore) -> list[Source]:
     ResultNotFound
         Nothing is stored.
     """
-    found = [_of_key(store, key) for key in sorted(store.keys())]
+    found = [of_key(store, key) for key in sorted(store.keys())]
     if not found:
         raise ResultNotFound(f"Nothing is stored in {store.url}.", hint="Have slides analysed first.")
     return found
 
 
-def results_of_project(
-    services: Services, project: str, progress: Progress = lambda *_: None
-) -> tuple[list[Source], int]:
-    """The results of a project's slides under the settings and model in use, and how many tasks have none yet.
-
-    Raises
-    ------
-    ProjectNotFound
-        Label Studio has no such project; further errors as of :class:`~backend.label_studio.client.LabelStudioClient`.
-    ResultNotFound
-        No slide of the project has a result.
-    """
-    found = services.client.need_project(project)
-    lesson = Teacher(services).lesson(int(found.id), parse_config(str(found.label_config or "")), progress)
-    if not lesson.slides:
-        raise ResultNotFound(
-            f"No slide of project {found.id} has a result yet ({lesson.unanalysed} tasks).",
-            hint="Have them analysed first: `wsc-backend import`, or “Retrieve Predictions” in the Data Manager, with workers running.",
-        )
-    sources = {
-        slide.key: _of_key(
-            services.store,
-            slide.key,
-            f"task-{slide.task}" if slide.ref.kind == "patches" else file_name(slide.ref.locations[0]),
-        )
-        for slide in lesson.slides
-    }
-    return list(sources.values()), lesson.unanalysed
-
-
-def _of_key(store: ResultStore, key: str, slide: str = "") -> Source:
+def of_key(store: ResultStore, key: str, slide: str = "") -> Source:
+    """The result that is stored under a bag key."""
     return Source(key, lambda latents: store.need(key, latents=latents), slide)

@@ -1,9 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and names as text that files can hold."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,3 +47,8 @@ def write_json(path: StrPath, content: Any, *, indent: int | None = None) -> Non
     text = json.dumps(content, allow_nan=False, ensure_ascii=False, indent=indent)
     # A file name that is no UTF-8 has lone surrogates in Python; as \udc80 … they are JSON all the same.
     write_bytes(path, text.encode(errors="backslashreplace"))
+
+
+def readable(name: str) -> str:
+    """A file name as text that any file format takes: what is no UTF-8 in it (lone surrogates, in Python) becomes U+FFFD."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", name)

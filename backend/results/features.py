@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from backend.errors import ExportUnsupported
 from backend.results.bag import SLIDE_REF, Bag, BagResult
+from backend.results.export import readable
 
 Layout = Literal["clam", "trident"]
 
@@ -90,7 +91,7 @@ def feature_files(result: BagResult, name: str, layout: Layout) -> dict[Path, Ca
     model = re.sub(r"[^\w.-]+", "-", str(result.provenance.get("model_version", "unknown")))
     if layout == "clam":
         top = Path(f"features_{model}")
-        about = {"features": {"name": _text(name), "encoder": model}, "coords": _clam_attributes(bag, name)}
+        about = {"features": {"name": readable(name), "encoder": model}, "coords": _clam_attributes(bag, name)}
         files = {
             Path("patches", f"{name}.h5"): lambda: _hdf5(result, _COORDS, about),
             top / "h5_files" / f"{name}.h5": lambda: _hdf5(result, _TILES | _COORDS, about),
@@ -99,7 +100,7 @@ def feature_files(result: BagResult, name: str, layout: Layout) -> dict[Path, Ca
     else:
         top = _trident_folder(bag)
         about = {
-            "features": {"name": _text(name), "encoder": model, "savetodir": f"{top}/features_{model}"},
+            "features": {"name": readable(name), "encoder": model, "savetodir": f"{top}/features_{model}"},
             "coords": _trident_attributes(bag, name),
         }
         files = {
@@ -161,7 +162,7 @@ def _trident_attributes(bag: Bag, name: str) -> dict[str, Any]:
 def _common_attributes(bag: Bag, name: str) -> dict[str, Any]:
     bounds = {} if bag.bounds is None else {"bounds": bag.bounds}
     sizes = {"tile_size_level0": bag.tile_size_level0, "mpp": bag.mpp, "tile_mpp": bag.tile_mpp}
-    return {"name": _text(name), **sizes, **bounds}
+    return {"name": readable(name), **sizes, **bounds}
 
 
 def _hdf5(result: BagResult, arrays: _Arrays, attributes: Mapping[str, Mapping[str, Any]]) -> memoryview:
@@ -185,8 +186,3 @@ def _torch(result: BagResult) -> memoryview:
     buffer = io.BytesIO()
     torch.save(torch.from_numpy(result.latents.astype(np.float32)), buffer)
     return buffer.getbuffer()
-
-
-def _text(name: str) -> str:
-    """A file name as text: HDF5 takes no bytes that are not UTF-8."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from backend.errors import ExportUnsupported
 from backend.results.bag import SLIDE_REF, Bag, BagResult
+from backend.results.export import readable
 from backend.results.ranks import percentile_ranks
 from backend.slides.grid import Grid
 
@@ -67,6 +68,7 @@ def to_geojson(
             "A bag of patches has no coordinates on a slide, so it cannot be written as GeoJSON.",
             hint="Export the HDF5 instead: it holds the attention of each patch.",
         )
+    name = readable(name)
     attention = result.mean_attention
     ranks = percentile_ranks(attention)
     rows = zip(

@@ -135,10 +135,14 @@ def allowed_file(path: str, settings: Settings) -> Path:
 
 
 def shown(value: str) -> str:
-    """``value`` for a message: without its query (which may hold a signature) or a password, and not endless."""
-    if _SCHEME.match(value):
-        value = re.sub(r"(?<=://)[^/@]*@", "…@", value.split("?", 1)[0])
+    """``value`` for a message: :func:`public`, quoted, and not endless."""
+    value = public(value)
     return repr(value if len(value) <= 200 else value[:199] + "…")
+
+
+def public(value: str) -> str:
+    """A location for others to see: without its query (which may hold a signature) or a password."""
+    return re.sub(r"(?<=://)[^/@]*@", "…@", value.split("?", 1)[0]) if _SCHEME.match(value) else value
 
 
 def origin(url: str) -> tuple[str, str, int]:

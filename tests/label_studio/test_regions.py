@@ -19,7 +19,7 @@ from backend.label_studio.check import check_prediction
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.learnt import HeadSuggestion, Learnt, TileClasses
 from backend.label_studio.regions import PercentBox, box_from_context, predict_regions
-from backend.results.export import to_geojson
+from backend.slides.geojson import to_geojson
 from backend.slides.render import shown_size
 
 IMAGE = '<Image name="image" value="$image"/>'

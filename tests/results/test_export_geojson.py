@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from synthetic_bags import synthetic_patches, synthetic_result
 
 from backend.errors import ExportUnsupported
-from backend.results.export import to_geojson, write_bytes, write_geojson, write_json
+from backend.results.export import write_bytes, write_json
 from backend.results.ranks import hottest_first, percentile_ranks
+from backend.slides.geojson import to_geojson
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.floats(0.05, 5.0), st.integers(1, 25), st.integers(1, 25))
-def test_every_ring_leads_back_to_the_coordinates_and_size_of_its_tile(mpp, columns, rows):
+def test_every_ring_begins_at_its_tile_and_ends_where_the_next_one_begins(mpp, columns, rows):
     edge = 224 * 0.5 / mpp
     result = synthetic_result((int(np.ceil(columns * edge)), int(np.ceil(rows * edge))), mpp)
     rings = [feature["geometry"]["coordinates"] for feature in to_geojson(result, "s")["features"]]
@@ -25,13 +26,14 @@ def test_every_ring_leads_back_to_the_coordinates_and_size_of_its_tile(mpp, colu
     rings = np.array([ring[0] for ring in rings], dtype=np.float64)
     assert np.array_equal(rings[:, 0], result.bag.coords)
     assert np.array_equal(rings[:, 0], rings[:, -1]), "a ring is closed"
-    assert np.array_equal(rings[:, 2], result.bag.coords + result.bag.tile_size_level0)
+    ends = np.round((result.bag.grid + 1) * result.bag.tile_size_level0)
+    assert np.array_equal(rings[:, 2], np.minimum(ends, result.bag.slide_size))
     assert np.array_equal(rings[:, 1], np.stack([rings[:, 2, 0], rings[:, 0, 1]], axis=1))
     assert np.array_equal(rings[:, 3], np.stack([rings[:, 0, 0], rings[:, 2, 1]], axis=1))
 
 
 def test_whole_numbers_stay_whole(tmp_path):
-    write_geojson(tmp_path / "s.geojson", synthetic_result(mpp=0.25), "s")
+    write_json(tmp_path / "s.geojson", to_geojson(synthetic_result(mpp=0.25), "s"))
     feature = json.loads((tmp_path / "s.geojson").read_text())["features"][1]
     assert feature["geometry"]["coordinates"][0][:3] == [[448, 0], [896, 0], [896, 448]]
     assert all(isinstance(number, int) for point in feature["geometry"]["coordinates"][0] for number in point)
@@ -40,7 +42,7 @@ def test_whole_numbers_stay_whole(tmp_path):
 def test_the_weights_themselves_are_exported_for_the_mean_and_each_head(tmp_path):
     result = synthetic_result(planted=(2, 2, 4, 4))
     path = tmp_path / "deep" / "s.geojson"
-    write_geojson(path, result, "slide 1")
+    write_json(path, to_geojson(result, "slide 1"))
     collection = json.loads(path.read_text())
     assert collection["type"] == "FeatureCollection"
     assert collection["name"] == "slide 1"
