@@ -50,16 +50,19 @@ def export_features(
         bool, typer.Option("--overwrite", help="Replace files that are there with another content.")
     ] = False,
 ) -> None:
-    """Write stored features, attention and slide embeddings as the files that CLAM or TRIDENT read. Nothing is computed.
+    """Write stored features, attention and slide embeddings as the files that CLAM or TRIDENT read. Nothing is
+    computed.
 
     Say where the results are: files or folders, `--project`, or `--all`.
 
-    `--layout clam` writes `patches/*.h5` (for `Whole_Slide_Bag_FP`), `features_MODEL/h5_files/*.h5` and `features_MODEL/pt_files/*.pt`.
-    `--layout trident` writes a job folder: `20x_224px_0px_overlap` with `patches`, `features_MODEL` and `slide_features_MODEL`.
+    `--layout clam` writes `patches/*.h5` (for `Whole_Slide_Bag_FP`), `features_MODEL/h5_files/*.h5` and
+    `features_MODEL/pt_files/*.pt`. `--layout trident` writes a job folder: `20x_224px_0px_overlap` with `patches`,
+    `features_MODEL` and `slide_features_MODEL`.
 
-    Features are float32. Coordinates are those of level 0, also where a slide states its scanned area. The files of features hold `attention` (tiles,
-    heads), `attention_scores` (their mean) and `slide_embedding` as well. Files are named by their slides; slides that share a name get a suffix
-    that stays the same. A bag of patches has no coordinates: its features are written without.
+    Features are float32. Coordinates are those of level 0, also where a slide states its scanned area. The files of
+    features hold `attention` (tiles, heads), `attention_scores` (their mean) and `slide_embedding` as well. Files are
+    named by their slides; slides that share a name get a suffix that stays the same. A bag of patches has no
+    coordinates: its features are written without.
     """
     from backend.commands.export_features import results_in, results_of_store
     from backend.results.features import layout_named

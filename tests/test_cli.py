@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -30,7 +31,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    commands = "demo serve workers import predict doctor bench train heads export simulate settings"
+    commands = "demo serve workers import predict doctor bench train heads export export-features simulate settings"
     for command in commands.split():
         assert f" {command} " in done.stdout
 
@@ -62,6 +63,8 @@ def test_predict_writes_heatmap_regions_geojson_and_hdf5(
         str(absent_scale),
         "--out",
         str(out),
+        "--layout",
+        "clam",
         MODEL=str(stand_in),
         MODEL_DIR=str(tmp_path),
     )
@@ -82,6 +85,10 @@ def test_predict_writes_heatmap_regions_geojson_and_hdf5(
     assert json.loads((folder / "regions.json").read_text())["model_version"].startswith("stand-in-")
     with Image.open(folder / "heatmap.png") as picture:
         assert max(picture.size) >= 2000
+    (features,) = (out / "clam").glob("features_*/h5_files/*.h5")
+    with h5py.File(features) as h5, h5py.File(folder / "result.h5") as result:
+        assert features.stem == synthetic_slide.path.stem and h5["features"].dtype == np.float32
+        assert np.array_equal(h5["features"], np.float32(result["features"]))
 
 
 def test_doctor_says_what_is_there_and_what_is_missing(synthetic_slide: SyntheticSlide, tmp_path: Path) -> None:

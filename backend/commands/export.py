@@ -96,9 +96,9 @@ def slide_table(
     columns: dict[str, Column] = {
         "task": Column("integer", [slide.task for slide in lesson.slides]),
         "slide": Column("text", [readable(slide.name) for slide in lesson.slides]),
+        "bag": Column("text", [slide.key for slide in lesson.slides]),
         # Two slides may share a name. Of a bag of patches, its first image.
         "location": Column("text", [readable(public(slide.ref.locations[0])) for slide in lesson.slides]),
-        "bag": Column("text", [slide.key for slide in lesson.slides]),
         "annotated": Column("yes_no", [slide.task in lesson.annotated for slide in lesson.slides]),
     }
     for target in lesson.targets:

@@ -1,4 +1,4 @@
-"""``wsc-backend export-features``: results that are there already, as the files that CLAM and TRIDENT read. Nothing is computed."""
+"""``wsc-backend export-features``: stored results as the files that CLAM and TRIDENT read. Nothing is computed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Exported:
-    """What became of a result: its slide's name and files, or why it was passed over, or the error. ``written``: files that were not there yet."""
+    """What became of a result: its slide's name and files, or why it was passed over, or the error.
+
+    ``placed``: not a bag of patches, which has no coordinates. ``written``: how many of the files were not there yet.
+    """
 
     source: Source
     name: str = ""
@@ -72,9 +75,9 @@ def export_features(
 ) -> list[Exported]:
     """Write each result's files below ``out``; what they are is told by :mod:`backend.results.features`.
 
-    A file is named by its slide. Where slides of one name hold different results, each name gets a suffix made of what its result holds, so that it is the same
-    the next time. Results that hold the same are written once. A file that is there already is left alone if it holds what would be written.
-    A result that fails does not stop the others.
+    A file is named by its slide. Where slides of one name hold different results, each name gets a suffix made of what
+    its result holds, so that it is the same the next time. Results that hold the same are written once. A file that is
+    there already is left alone if it holds what would be written. A result that fails does not stop the others.
 
     Parameters
     ----------
@@ -150,7 +153,7 @@ def _slide_of(result: BagResult, source: Source) -> str:
 
 
 def file_name(location: str) -> str:
-    """The name of the file at a path or URL; of a slide of DICOM files, whose names are numbers, that of their folder."""
+    """The name of the file at a path or URL; of DICOM files, whose names are numbers, that of their folder."""
     if "://" in location:
         location = unquote(urlsplit(location).path)
     path = Path(location)
@@ -167,7 +170,8 @@ def _write(files: dict[Path, Callable[[], memoryview]], overwrite: bool) -> int:
             if not overwrite:
                 raise FileExists(
                     f"{path} is there already, and holds something else.",
-                    hint="It is of another slide of this name, or of an earlier analysis. Give another --out, or --overwrite to replace it.",
+                    hint="It is of another slide of this name, or of an earlier analysis. "
+                    "Give another --out, or --overwrite to replace it.",
                 )
             missing.append(path)
         for path in missing:
@@ -184,7 +188,8 @@ def _write(files: dict[Path, Callable[[], memoryview]], overwrite: bool) -> int:
 
 
 def results_in(paths: Iterable[Path]) -> list[Source]:
-    """The results among ``paths``: files as they are given, and every ``result.h5`` in folders, which is where ``predict`` writes.
+    """The results among ``paths``: files as they are given, and every ``result.h5`` in folders, which is where
+    ``predict`` writes.
 
     Raises
     ------

@@ -26,7 +26,8 @@ def results_of_project(
     if not lesson.slides:
         raise ResultNotFound(
             f"No slide of project {found.id} has a result yet ({lesson.unanalysed} tasks).",
-            hint="Have them analysed first: `wsc-backend import`, or “Retrieve Predictions” in the Data Manager, with workers running.",
+            hint="Have them analysed first: `wsc-backend import`, or “Retrieve Predictions” in the Data Manager, "
+            "with workers running.",
         )
     sources = {
         slide.key: of_key(

@@ -15,14 +15,14 @@ from backend.paths import StrPath
 
 
 def write_bytes(path: StrPath, data: bytes | memoryview) -> None:
-    """Write a file so that it is whole or not there: under a temporary name beside it, then renamed. Makes the folder."""
+    """Write a file so that it is whole or not there: by a temporary name beside it, then renamed. Makes the folder."""
     with whole_file(path) as temporary, temporary.open("xb") as file:
         file.write(data)
 
 
 @contextmanager
 def whole_file(path: StrPath) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to: on the disk and renamed to ``path`` at the end, gone after an error. Makes the folder."""
+    """A temporary name beside ``path`` to write to, renamed to it at the end, gone after an error. Makes the folder."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without the file's own name, which may be as long as a name can be.
@@ -50,5 +50,5 @@ def write_json(path: StrPath, content: Any, *, indent: int | None = None) -> Non
 
 
 def readable(name: str) -> str:
-    """A file name as text that any file format takes: what is no UTF-8 in it (lone surrogates, in Python) becomes U+FFFD."""
+    """A file name as text for any file format: what is no UTF-8 (lone surrogates, in Python) becomes U+FFFD."""
     return re.sub("[\ud800-\udfff]", "\ufffd", name)

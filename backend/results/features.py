@@ -1,13 +1,15 @@
-"""A result as the files that CLAM and TRIDENT read: float32 features, and level-0 coordinates with sizes in whole pixels.
+"""A result as the files that CLAM and TRIDENT read: float32 features, and level-0 coordinates with sizes in whole
+pixels.
 
 Below the folder that is exported to, with NAME the slide's name and MODEL the model version:
 
 ``clam``
-    ``patches/NAME.h5``, ``features_MODEL/h5_files/NAME.h5`` and ``features_MODEL/pt_files/NAME.pt``, as CLAM's ``create_patches_fp.py`` and
-    ``extract_features_fp.py`` write them.
+    ``patches/NAME.h5``, ``features_MODEL/h5_files/NAME.h5`` and ``features_MODEL/pt_files/NAME.pt``, as CLAM's
+    ``create_patches_fp.py`` and ``extract_features_fp.py`` write them.
 ``trident``
-    In ``20x_224px_0px_overlap`` (target magnification and tile size): ``patches/NAME_patches.h5``, ``features_MODEL/NAME.h5`` and
-    ``slide_features_MODEL/NAME.h5``, as TRIDENT's ``run_batch_of_slides.py`` writes them.
+    In ``20x_224px_0px_overlap`` (target magnification and tile size): ``patches/NAME_patches.h5``,
+    ``features_MODEL/NAME.h5`` and ``slide_features_MODEL/NAME.h5``, as TRIDENT's ``run_batch_of_slides.py`` writes
+    them.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ from backend.results.export import readable
 
 Layout = Literal["clam", "trident"]
 
-# TRIDENT's magnification of a slide: that of the first of these that its µm per pixel lie below (WSI._fetch_magnification).
+# TRIDENT's magnification of a slide: that of the first of these that its µm per pixel lie below
+# (WSI._fetch_magnification).
 _NOMINAL = ((0.16, 80), (0.2, 60), (0.3, 40), (0.6, 20), (1.2, 10), (2.4, 5))
 _OME_ENDINGS = (".ome.tiff", ".ome.tif", ".ome.zarr")
 
@@ -42,7 +45,7 @@ def layout_named(name: str) -> Layout:
 
 
 def slide_name(file_name: str, layout: Layout) -> str:
-    """What the program calls a slide of this file name: without its ending, which for TRIDENT may be all of ``.ome.tif``."""
+    """What the program calls a slide of this file name: without its ending, to TRIDENT all of ``.ome.tif``."""
     base = file_name.rsplit("/", 1)[-1]
     if layout == "trident":
         for ending in _OME_ENDINGS:
@@ -52,11 +55,13 @@ def slide_name(file_name: str, layout: Layout) -> str:
 
 
 def magnifications(bag: Bag) -> tuple[int | float, int | float]:
-    """``level0_magnification`` and ``target_magnification``, with which TRIDENT cuts the tiles of this bag and not those of another scale.
+    """``level0_magnification`` and ``target_magnification``, with which TRIDENT cuts the tiles of this bag and not
+    those of another scale.
 
-    To TRIDENT a pixel has 10 µm divided by the magnification, so that it reads ``patch_size * level0 / target`` level-0 pixels. Its own magnification of a
-    slide is one of 5, 10, 20, 40, 60 and 80 (0.25 µm/px: 40; 0.5: 20; 1.0: 10). That is given where it leads to this bag's tile size in whole
-    pixels, else the exact 10 / mpp: at 0.2527 µm/px, 40 would cut 448 pixels where the tiles have 443. Whole numbers are ``int``.
+    To TRIDENT a pixel has 10 µm divided by the magnification, so that it reads ``patch_size * level0 / target`` level-0
+    pixels. Its own magnification of a slide is one of 5, 10, 20, 40, 60 and 80 (0.25 µm/px: 40; 0.5: 20; 1.0: 10). That
+    is given where it leads to this bag's tile size in whole pixels, else the exact 10 / mpp: at 0.2527 µm/px, 40 would
+    cut 448 pixels where the tiles have 443. Whole numbers are ``int``.
     """
     target = _whole(10 / bag.tile_mpp)
     nominal = next((magnification for below, magnification in _NOMINAL if bag.mpp < below), None)
@@ -70,17 +75,20 @@ def _whole(value: float) -> int | float:
 
 
 def feature_files(result: BagResult, name: str, layout: Layout) -> dict[Path, Callable[[], memoryview]]:
-    """The files of a result: the path of each below the folder that is exported to, and what makes its content, the same bytes each time.
+    """The files of a result: the path of each below the folder that is exported to, and what makes its content, the
+    same bytes each time.
 
-    Each file of tiles' features is HDF5 with ``features`` float32 (N, D), ``coords`` int64 (N, 2), and, beyond what the two programs look for,
-    ``attention`` float32 (N, H) (the softmax over the slide's tiles, a column a head), ``attention_scores`` float32 (N, 1) (the mean of the heads,
-    by the name that CLAM's heatmaps read) and ``slide_embedding`` float32 (D,). TRIDENT's file of the slide holds that embedding as ``features``.
-    A bag of patches has no coordinates: its files lack them, and it has none in ``patches``.
+    Each file of tiles' features is HDF5 with ``features`` float32 (N, D), ``coords`` int64 (N, 2), and, beyond what the
+    two programs look for, ``attention`` float32 (N, H) (the softmax over the slide's tiles, a column a head),
+    ``attention_scores`` float32 (N, 1) (the mean of the heads, by the name that CLAM's heatmaps read) and
+    ``slide_embedding`` float32 (D,). TRIDENT's file of the slide holds that embedding as ``features``. A bag of patches
+    has no coordinates: its files lack them, and it has none in ``patches``.
 
-    ``coords`` are the tiles' corners in level 0. ``patch_size_level0`` (for CLAM ``patch_size``) is the tile's edge rounded to whole pixels, so
-    neighbours seem to overlap, or to leave a gap, by up to 1 pixel; ``tile_size_level0`` is the edge itself, a float. Further attributes of
-    ``coords``: ``mpp`` and ``tile_mpp`` (µm per pixel of level 0 and of a tile as encoded), and ``bounds`` (x, y, width, height of what was
-    scanned) where the slide states it.
+    ``coords`` are the tiles' corners in level 0. ``patch_size_level0`` (for CLAM also ``patch_size``) is the tile's
+    edge rounded to whole pixels, so neighbours seem to overlap, or to leave a gap, by up to 1 pixel;
+    ``tile_size_level0`` is the edge itself, a float. Further attributes of ``coords``: ``mpp`` and ``tile_mpp`` (µm per
+    pixel of level 0 and of a tile as encoded), and ``bounds`` (x, y, width, height of what was scanned) where the slide
+    states it.
 
     Parameters
     ----------
@@ -130,6 +138,7 @@ def _clam_attributes(bag: Bag, name: str) -> dict[str, Any]:
     return _common_attributes(bag, name) | {
         "patch_level": 0,
         "patch_size": round(bag.tile_size_level0),
+        "patch_size_level0": round(bag.tile_size_level0),
         "downsample": (1.0, 1.0),
         "level_dim": bag.slide_size,
         "downsampled_level_dim": bag.slide_size,

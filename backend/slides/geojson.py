@@ -1,9 +1,8 @@
 """The tiles of a result as GeoJSON for QuPath, in QuPath's frame.
 
-Where a slide states the area that was scanned (``openslide.bounds-x, -y, -width, -height``: MIRAX, Leica SCN, Zeiss CZI, Ventana BIF), QuPath shows
-that area alone, and its (0, 0) is the area's corner (``OpenslideImageServer`` in qupath-extension-openslide). Level 0, which every other file of
-ours uses, begins before it.
-"""
+Where a slide states the area that was scanned (``openslide.bounds-x, -y, -width, -height``: MIRAX, Leica SCN, Zeiss
+CZI, Ventana BIF), QuPath shows that area alone, and its (0, 0) is the area's corner (``OpenslideImageServer`` in
+qupath-extension-openslide). Level 0, which every other file of ours uses, begins before it."""
 
 from __future__ import annotations
 
@@ -48,14 +47,15 @@ def to_geojson(
 
     Returns
     -------
-    A ``FeatureCollection`` (RFC 7946, in pixels instead of degrees, as QuPath does). Its member ``frame`` is ``"qupath"`` or ``"level0"``, its
-    ``origin`` the level-0 x and y of that frame's (0, 0).
+    A ``FeatureCollection`` (RFC 7946, in pixels instead of degrees, as QuPath does). Its member ``frame`` is
+    ``"qupath"`` or ``"level0"``, its ``origin`` the level-0 x and y of that frame's (0, 0).
 
-    Each tile is a closed ring of whole pixels that begins at its top-left corner and ends where the next tile begins, cut at the edge of the slide
-    and, in QuPath's frame, of the bounds, so that tiles neither overlap nor leave a gap. A tile that lies outside the bounds altogether is
-    kept whole, outside QuPath's picture. The measurements are the attention weights themselves (mean of the heads, then each head), the percentile
-    rank, column and row; a value that is not finite is left out, which QuPath shows as NaN. Ids are the same whenever the same slide and model
-    are exported.
+    Each tile is a closed ring of whole pixels that begins at its top-left corner and ends where the next tile begins,
+    cut at the edge of the slide and, in QuPath's frame, of the bounds, so that tiles neither overlap nor leave a gap. A
+    tile that lies outside the bounds altogether is kept whole, outside QuPath's picture. The measurements are the
+    attention weights themselves (mean of the heads, then each head), the percentile rank, column and row; a value that
+    is not finite is left out, which QuPath shows as NaN. Ids are the same whenever the same slide and model are
+    exported.
 
     Raises
     ------

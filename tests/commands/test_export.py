@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import SLIDES, Project
+from synthetic_bags import synthetic_result
 
 from backend.commands.export import export_project
 from backend.errors import ExportUnsupported, ExtraMissing, FileExists, ProjectNotFound, ResultNotFound
@@ -57,6 +58,8 @@ def test_h5ad_holds_embeddings_labels_and_provenance(taught: Project, tmp_path: 
     obs = found.obs
     assert obs["task"].tolist() == taught.tasks and found.obs_names.tolist() == [str(task) for task in taught.tasks]
     assert obs["slide"].tolist() == [f"slide-{i:02}.svs" for i in range(SLIDES)]
+    slides = taught.services.settings.slide_roots[0]
+    assert obs["location"].tolist() == [str(slides / f"slide-{i:02}.svs") for i in range(SLIDES)]
     assert obs["bag"].tolist() == [taught.keys[task] for task in taught.tasks]
     told = ["Tumour", "No tumour"] * 3 + ["Tumour"]
     assert obs["label.diagnosis"].tolist()[:7] == told and obs["label.diagnosis"].isna().tolist()[7:] == [True] * 5
@@ -125,6 +128,21 @@ def test_an_untaught_project_has_embeddings_and_no_more(project: Project, tmp_pa
     assert "suggestion.diagnosis" not in done.columns
     assert found.obs["label.diagnosis"].isna().all() and found.obs["priority"].isna().all()
     assert said == [f"{SLIDES} slides have no rank: `wsc-backend train 7` ranks them"]
+
+
+def test_slides_of_one_name_are_told_apart(project: Project, tmp_path: Path) -> None:
+    twin = project.services.settings.slide_roots[0] / "again" / "slide-00.svs"
+    twin.parent.mkdir()
+    twin.write_bytes(b"another slide")
+    task = project.studio.add_task(image=str(twin))
+    services = project.services
+    services.store.put(services.key(services.resolver.resolve(str(twin))), synthetic_result((2000, 1500), seed=99))
+    export_project(services, "7", tmp_path / "nodes.csv")
+    with (tmp_path / "nodes.csv").open(newline="", encoding="utf-8") as file:
+        rows = {int(row["task"]): row for row in csv.DictReader(file)}
+    first = rows[project.tasks[0]]
+    assert first["slide"] == rows[task]["slide"] == "slide-00.svs"
+    assert [first["location"], rows[task]["location"]] == [str(twin.parent.parent / "slide-00.svs"), str(twin)]
 
 
 # --- refusals -------------------------------------------------------------------------------------------------------

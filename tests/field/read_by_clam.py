@@ -1,6 +1,7 @@
-"""Run in a checkout of CLAM, as ``python read_by_clam.py EXPORT SLIDE NAME WORK``: what its own code makes of our files, as JSON.
+"""Run in a checkout of CLAM, as ``python read_by_clam.py EXPORT SLIDE NAME WORK``: what it makes of our files, as JSON.
 
-EXPORT is the folder that ``export-features --layout clam`` wrote, SLIDE the slide's file, NAME its name in the export, WORK a folder to write to.
+EXPORT is the folder that ``export-features --layout clam`` wrote, SLIDE the slide's file, NAME its name in the export,
+WORK a folder to write to.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""Run as ``python read_by_trident.py EXPORT SLIDE NAME WORK`` with TRIDENT on the path: what its own code makes of our files, as JSON.
+"""Run as ``python read_by_trident.py EXPORT SLIDE NAME WORK`` with TRIDENT on the path: what its own code makes of our
+files, as JSON.
 
-EXPORT is the folder that ``export-features --layout trident`` wrote, SLIDE the slide's file, NAME its name in the export, WORK a folder to write to.
+EXPORT is the folder that ``export-features --layout trident`` wrote, SLIDE the slide's file, NAME its name in the
+export, WORK a folder to write to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Exports as their readers take them: QuPath's frame and geometry, CLAM's and TRIDENT's files, names that are not alone."""
+"""Exports as their readers take them: QuPath's frame and geometry, CLAM's and TRIDENT's files, shared names."""
 
 from __future__ import annotations
 
@@ -51,7 +51,19 @@ def every_tile(size: tuple[int, int], mpp: float, *, bounds: tuple[int, int, int
     edge = 224 * 0.5 / mpp
     grid = Grid.covering(size, edge)
     cells = np.stack([a.ravel() for a in np.meshgrid(np.arange(grid.columns), np.arange(grid.rows))], axis=1)
-    return Bag("slide", grid.coords_of(cells), cells, (grid.columns, grid.rows), edge, size, 224, 0.5, mpp, "slide", None, bounds)  # fmt: skip
+    return Bag(
+        kind="slide",
+        coords=grid.coords_of(cells),
+        grid=cells,
+        grid_size=(grid.columns, grid.rows),
+        tile_size_level0=edge,
+        slide_size=size,
+        tile_px=224,
+        tile_mpp=0.5,
+        mpp=mpp,
+        mpp_source="slide",
+        bounds=bounds,
+    )
 
 
 def analysed(path: Path, settings: Settings) -> BagResult:
@@ -157,7 +169,7 @@ def test_result_h5_states_the_bounds_beside_coordinates_of_level_0(
         assert "bounds" not in h5["coords"].attrs
 
 
-# --- CLAM and TRIDENT: what their code asks of a file ------------------------------------------------------------------
+# --- CLAM and TRIDENT: what their code asks of a file -----------------------------------------------------------------
 
 
 def test_clam_finds_what_its_loaders_ask_for(case: Case, anywhere: Settings, tmp_path: Path) -> None:
@@ -168,7 +180,8 @@ def test_clam_finds_what_its_loaders_ask_for(case: Case, anywhere: Settings, tmp
     with h5py.File(out / "patches" / "offset.h5") as h5:  # Whole_Slide_Bag_FP
         attributes = h5["coords"].attrs
         assert attributes["patch_level"] == 0 and attributes["patch_size"] == 224
-        assert {attributes[a].dtype.kind for a in ("patch_level", "patch_size")} == {"i"}
+        assert attributes["patch_size_level0"] == 224
+        assert {attributes[a].dtype.kind for a in ("patch_level", "patch_size", "patch_size_level0")} == {"i"}
         assert attributes["level_dim"].tolist() == [6000, 6000] and attributes["downsample"].tolist() == [1, 1]
         assert attributes["name"] == "offset" and attributes["bounds"].tolist() == [1200, 800, 2220, 2967]
         np.testing.assert_array_equal(h5["coords"], result.bag.coords)
@@ -217,7 +230,7 @@ def test_trident_finds_what_its_code_asks_for(case: Case, anywhere: Settings, tm
         assert h5["features"].dtype == np.float32
 
 
-# TRIDENT's own integer where it leads to the right size, else the exact one: 0.3 and 0.45 µm/px are "20x" to it, and 0.2527 is "40x".
+# TRIDENT's own integer where it leads to the right size, else the exact one: to it, 0.3 and 0.45 µm/px are "20x".
 @pytest.mark.parametrize(
     ("mpp", "magnification", "edge"),
     [(0.25, 40, 448), (0.5, 20, 224), (1.0, 10, 112), (0.499, 20, 224), (0.1, 100, 1120), (0.2527, 39.573, 443),
@@ -310,9 +323,10 @@ def test_the_files_of_a_dicom_slide_have_numbers_for_names_and_its_folder_has_th
 def test_odd_slide_names_are_exported(slide: str, tmp_path: Path) -> None:
     result = said_of(every_tile((2_000, 2_000), 0.5), slide=slide)
     for layout in ("clam", "trident"):
-        (done,) = export_features(results_in([predicted(tmp_path / layout / "results" / "s", result)]), tmp_path / layout / "x", layout)  # fmt: skip
+        folder, out = predicted(tmp_path / layout / "results" / "s", result), tmp_path / layout / "x"
+        (done,) = export_features(results_in([folder]), out, layout)
         assert done.error is None and len(done.files) == 3
-        assert all(path.is_file() and path.resolve().is_relative_to(tmp_path / layout / "x") for path in done.files)
+        assert all(path.is_file() and path.resolve().is_relative_to(out) for path in done.files)
 
 
 def test_what_is_there_is_kept_unless_it_is_the_same_or_to_be_replaced(
@@ -397,7 +411,10 @@ def read_by(program: str, case: Case, maker: Callable[[Picture, Path], Path], se
 
 
 def finer(rgb: Picture, out: Path) -> Path:
-    """With a scale that makes tiles of 443.2 px, and that TRIDENT takes for 40x. Its levels are even: TRIDENT takes a downsample of 1.9997 for 1."""
+    """With a scale that makes tiles of 443.2 px, and that TRIDENT takes for 40x.
+
+    Its sizes are even, since TRIDENT takes a downsample of 1.9997 for 1.
+    """
     return write_tiff(out / "finer.tif", levels(rgb[:2960], 1, 2), mpp=0.2527)
 
 
