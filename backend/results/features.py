@@ -19,7 +19,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
 import h5py
 import numpy as np
@@ -39,8 +39,8 @@ _OME_ENDINGS = (".ome.tiff", ".ome.tif", ".ome.zarr")
 
 def layout_named(name: str) -> Layout:
     """The layout of this name; :class:`~backend.errors.ExportUnsupported` if there is none."""
-    if name == "clam" or name == "trident":
-        return name
+    if name in get_args(Layout):
+        return cast(Layout, name)
     raise ExportUnsupported(f"{name!r} is no layout of features.", hint="Say --layout clam or --layout trident.")
 
 
