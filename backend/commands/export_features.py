@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from backend.errors import BackendError, FileExists, ResultNotFound, SourceError, StoreUnavailable
-from backend.results.bag import SLIDE_REF, BagResult
+from backend.commands.result_folders import RESULT, check_writable, writing_to
+from backend.errors import BackendError, FileExists, ResultNotFound, SourceError
+from backend.paths import StrPath
+from backend.results.bag import SLIDE_ID, SLIDE_REF, BagResult
 from backend.results.export import write_bytes
 from backend.results.features import Layout, feature_files, layout_named, slide_name
 from backend.results.hdf5 import read_hdf5
 from backend.results.store import ResultStore
+from backend.slides.dicom_series import is_dicom
+from backend.slides.file_kinds import SLIDE_SUFFIXES
 from backend.slides.source import SlideRef
 
 Progress = Callable[[str, int, int], None]
-
-_RESULT = "result.h5"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class Exported:
 
 def export_features(
     sources: Sequence[Source],
-    out: Path,
+    out: StrPath,
     layout: str,
     *,
     fingerprint: str = "",
@@ -75,9 +77,10 @@ def export_features(
 ) -> list[Exported]:
     """Write each result's files below ``out``; what they are is told by :mod:`backend.results.features`.
 
-    A file is named by its slide. Where slides of one name hold different results, each name gets a suffix made of what
-    its result holds, so that it is the same the next time. Results that hold the same are written once. A file that is
-    there already is left alone if it holds what would be written. A result that fails does not stop the others.
+    A file is named by its slide. Where different results have slides of one name, each name gets a suffix, that of the
+    slide's folder of ``predict`` or else one made of what the result holds, so that it is the same the next time.
+    Results that hold the same are written once. A file that is there already is left alone if it holds what would be
+    written. A result that fails does not stop the others.
 
     Parameters
     ----------
@@ -88,19 +91,19 @@ def export_features(
     ------
     ExportUnsupported
         There is no such layout.
-    FileExists
-        ``out`` is a file. (A file of a slide that is there with another content is an error of that slide alone.)
+    OutputUnusable
+        Nothing can be written to ``out``. (That a file is there with another content is an error of its slide alone.)
     """
-    chosen = layout_named(layout)
-    if out.exists() and not out.is_dir():
-        raise FileExists(f"{out} is a file.", hint="Give --out the name of a folder.")
+    chosen, out = layout_named(layout), Path(out)
+    check_writable(out)
     named, done = _named(sources, chosen, fingerprint, progress)
     for number, (name, source) in enumerate(named.items(), start=1):
         progress("write", number, len(named))
         try:
             result = source.read(True)
             files = {out / path: make for path, make in feature_files(result, name, chosen).items()}
-            written = _write(files, overwrite)
+            with writing_to(out):
+                written = _write(files, overwrite)
             done.append(Exported(source, name, len(result.bag), result.bag.kind == "slide", tuple(files), written))
         except BackendError as error:
             done.append(Exported(source, name, error=error))
@@ -111,7 +114,7 @@ def _named(
     sources: Sequence[Source], layout: Layout, fingerprint: str, progress: Progress
 ) -> tuple[dict[str, Source], list[Exported]]:
     """The results that are to be written, by the names of their files, and what became of the others."""
-    of_name: dict[str, dict[str, Source]] = defaultdict(dict)
+    of_name: dict[str, dict[str, tuple[Source, str]]] = defaultdict(dict)
     others = []
     for number, source in enumerate(sources, start=1):
         progress("read", number, len(sources))
@@ -124,14 +127,16 @@ def _named(
         if fingerprint and result.provenance.get("fingerprint") != fingerprint:
             others.append(Exported(source, name, passed_over="of another model than the one in use"))
             continue
-        first = of_name[name].setdefault(_content(result), source)
+        first, _ = of_name[name].setdefault(_content(result), (source, str(result.provenance.get(SLIDE_ID, ""))))
         if first is not source:
             others.append(Exported(source, name, passed_over=f"the same as {first.place}"))
-    return {
-        name if len(found) == 1 else f"{name}-{content[:8]}": source
-        for name, found in of_name.items()
-        for content, source in found.items()
-    }, others
+    named = {}
+    for name, found in of_name.items():
+        slides = Counter(slide for _, slide in found.values())
+        for content, (source, slide) in found.items():
+            tag = slide if slides[slide] == 1 and slide else content
+            named[name if len(found) == 1 else f"{name}-{tag[:8]}"] = source
+    return named, others
 
 
 def _content(result: BagResult) -> str:
@@ -140,54 +145,51 @@ def _content(result: BagResult) -> str:
 
 
 def _slide_of(result: BagResult, source: Source) -> str:
-    """The slide's file name, as far as the result and its place tell it."""
+    """The slide's file name, as far as the result and its place tell it; of a bag of patches, that of its place."""
     if result.bag.kind == "slide":
         said = str(result.provenance.get("slide", ""))
         with suppress(ValueError, SourceError):  # no reference in it, or not one of ours: the name has to do
             said = SlideRef.from_json(json.loads(str(result.provenance.get(SLIDE_REF, "")))).locations[0]
         name = file_name(said)
-        # The files of a DICOM slide have numbers for names.
-        if name and not (source.folder and Path(name).suffix.lower() in ("", ".dcm")):
+        # `predict` has named the folders of DICOM slides, whose files have numbers for names, and often no ending.
+        if name and not (source.folder and Path(name).suffix.lower() not in SLIDE_SUFFIXES - {".dcm"}):
             return name
     return f"{source.folder or Path(source.place).name}.h5"
 
 
 def file_name(location: str) -> str:
-    """The name of the file at a path or URL; of DICOM files, whose names are numbers, that of their folder."""
+    """The name of the file at a path or URL; of a DICOM file, whose name is a number, that of its folder."""
     if "://" in location:
         location = unquote(urlsplit(location).path)
     path = Path(location)
-    return path.parent.name + path.suffix if path.suffix.lower() == ".dcm" and path.parent.name else path.name
+    dicom = path.suffix.lower() == ".dcm"
+    with suppress(OSError, ValueError):  # it lies elsewhere by now, or never lay here: the ending has to do
+        dicom = dicom or (path.is_file() and is_dicom(path))
+    return f"{path.parent.name}.dcm" if dicom and path.parent.name else path.name
 
 
 def _write(files: dict[Path, Callable[[], memoryview]], overwrite: bool) -> int:
     """Write the files that are not there; how many. None is written if one of them is there with another content."""
-    try:
-        missing = [path for path in files if not path.exists()]
-        for path in files:
-            if path in missing or path.read_bytes() == files[path]():
-                continue
-            if not overwrite:
-                raise FileExists(
-                    f"{path} is there already, and holds something else.",
-                    hint="It is of another slide of this name, or of an earlier analysis. "
-                    "Give another --out, or --overwrite to replace it.",
-                )
-            missing.append(path)
-        for path in missing:
-            write_bytes(path, files[path]())
-    except OSError as error:
-        raise StoreUnavailable(
-            f"The files cannot be written: {error.strerror or error} ({error.filename}).",
-            hint="Is there room in --out, may you write there, and is the slide's name not too long for a file?",
-        ) from error
+    missing = [path for path in files if not path.exists()]
+    for path in files:
+        if path in missing or path.read_bytes() == files[path]():
+            continue
+        if not overwrite:
+            raise FileExists(
+                f"{path} is there already, and holds something else.",
+                hint="It is of another slide of this name, or of an earlier analysis. "
+                "Give another --out, or --overwrite to replace it.",
+            )
+        missing.append(path)
+    for path in missing:
+        write_bytes(path, files[path]())
     return len(missing)
 
 
 # --- where results lie ----------------------------------------------------------------------------------------------
 
 
-def results_in(paths: Iterable[Path]) -> list[Source]:
+def results_in(paths: Iterable[StrPath]) -> list[Source]:
     """The results among ``paths``: files as they are given, and every ``result.h5`` in folders, which is where
     ``predict`` writes.
 
@@ -197,7 +199,7 @@ def results_in(paths: Iterable[Path]) -> list[Source]:
         A path does not exist, or no result is in any of them.
     """
     found: dict[Path, Source] = {}
-    given = list(paths)
+    given = [Path(path) for path in paths]
     for path in given:
         if not path.exists():
             raise ResultNotFound(f"There is no file or folder {path}.")
@@ -205,7 +207,7 @@ def results_in(paths: Iterable[Path]) -> list[Source]:
             found[file.resolve()] = _of_file(file)
     if not found:
         raise ResultNotFound(
-            f"No {_RESULT} is in {', '.join(map(str, given)) or 'nothing'}.",
+            f"No {RESULT} is in {', '.join(map(str, given)) or 'nothing'}.",
             hint="Give files of results, or the folder that `wsc-backend predict` wrote them to.",
         )
     return list(found.values())
@@ -214,8 +216,8 @@ def results_in(paths: Iterable[Path]) -> list[Source]:
 def _in_folder(folder: Path) -> Iterator[Path]:
     for parent, folders, files in os.walk(folder):
         folders.sort()
-        if _RESULT in files:
-            yield Path(parent, _RESULT)
+        if RESULT in files:
+            yield Path(parent, RESULT)
 
 
 def _of_file(path: Path) -> Source:
@@ -225,7 +227,7 @@ def _of_file(path: Path) -> Source:
         except FileNotFoundError:
             raise ResultNotFound(f"{path} is gone.") from None
 
-    return Source(str(path), read, folder=path.resolve().parent.name if path.name == _RESULT else "")
+    return Source(str(path), read, folder=path.resolve().parent.name if path.name == RESULT else "")
 
 
 def results_of_store(store: ResultStore) -> list[Source]:

@@ -20,7 +20,8 @@ from field_slides import Picture, levels, offset, plain, write_tiff
 from synthetic_bags import PROVENANCE, synthetic_patches
 
 from backend.commands.export_features import export_features, results_in
-from backend.errors import ExportUnsupported, FileExists, ResultDamaged, ResultNotFound
+from backend.commands.predict import write_derived
+from backend.errors import ExportUnsupported, FileExists, OutputUnusable, ResultDamaged, ResultNotFound
 from backend.results.bag import Bag, BagResult
 from backend.results.export import write_json
 from backend.results.features import magnifications
@@ -105,6 +106,14 @@ def test_the_slides_own_frame_is_to_be_had_and_the_file_says_which_it_is_in(case
     corners = [f["geometry"]["coordinates"][0][0] for f in collection["features"]]
     assert corners == result.bag.coords.tolist()
     assert collection["frame"] == "level0" and collection["origin"] == [0, 0]
+
+
+def test_predict_writes_the_frame_that_is_asked_for(case: Case, anywhere: Settings, tmp_path: Path) -> None:
+    result = analysed(case(offset), anywhere)
+    for level0, corner in ((False, result.bag.coords[0] - (1200, 800)), (True, result.bag.coords[0])):
+        write_derived(case(offset), result, tmp_path, anywhere, level0=level0)
+        written = json.loads((tmp_path / "tiles.geojson").read_text())
+        assert written["features"][0]["geometry"]["coordinates"][0][0] == corner.tolist()
 
 
 @pytest.mark.parametrize("mpp", [0.499, 0.5031, 0.2461, 0.2527, 0.2325, 0.25])
@@ -303,14 +312,26 @@ def test_slides_of_one_name_keep_apart_and_their_names_stay(two_of_a_name: list[
     assert all(np.array_equal(there[name], back[name]) for name in there)
 
 
+def test_the_suffix_is_that_of_the_slides_folder_where_predict_made_one(tmp_path: Path) -> None:
+    bag, ids = every_tile((2_000, 2_000), 0.5), ("1" * 40, "2" * 40)
+    for seed, slide in enumerate(ids):
+        result = said_of(bag, slide="a.svs", seed=seed)
+        predicted(tmp_path / "results" / f"a-{slide[:8]}", replace(result, provenance={**result.provenance, "slide_id": slide}))  # fmt: skip
+    done = export_features(results_in([str(tmp_path / "results")]), str(tmp_path / "out"), "trident")
+    assert sorted(one.name for one in done) == ["a-11111111", "a-22222222"]
+
+
 def test_each_program_finds_the_slide_by_the_name_it_has_for_it(two_of_a_name: list[Path], tmp_path: Path) -> None:
     (clam,) = export_features(results_in(two_of_a_name[:1]), tmp_path / "clam", "clam")
     (trident,) = export_features(results_in(two_of_a_name[:1]), tmp_path / "trident", "trident")
     assert (clam.name, trident.name) == ("a.ome", "a")  # os.path.splitext in CLAM; TRIDENT takes .ome.tif whole
 
 
-def test_the_files_of_a_dicom_slide_have_numbers_for_names_and_its_folder_has_the_name(tmp_path: Path) -> None:
-    result = said_of(every_tile((2_000, 2_000), 0.5), slide="1.dcm")
+@pytest.mark.parametrize("file", ["1.dcm", "00000001", "1.2.276.0.7230010"])
+def test_the_files_of_a_dicom_slide_have_numbers_for_names_and_its_folder_has_the_name(
+    file: str, tmp_path: Path
+) -> None:
+    result = said_of(every_tile((2_000, 2_000), 0.5), slide=file)
     (done,) = export_features(
         results_in([predicted(tmp_path / "results" / "case 7.b", result)]), tmp_path / "x", "clam"
     )
@@ -360,7 +381,7 @@ def test_what_cannot_be_exported_is_named_and_stops_nothing(two_of_a_name: list[
         results_in([tmp_path / "out"])
     with pytest.raises(ExportUnsupported, match="'qupath'"):
         export_features([], tmp_path / "out", "qupath")
-    with pytest.raises(FileExists, match="is a file"):
+    with pytest.raises(OutputUnusable, match="is no folder"):
         export_features([], broken / "result.h5", "clam")
 
 
