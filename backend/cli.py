@@ -16,7 +16,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from backend import __version__, cli_exports, cli_learning, cli_predict
-from backend.cli_parts import Mpp, Slides, console, embedded_redis, errors, need_licence, say_passed_over
+from backend.cli_parts import (
+    Force,
+    Mpp,
+    Slides,
+    console,
+    embedded_redis,
+    errors,
+    forced,
+    need_licence,
+    say_passed_over,
+)
 from backend.errors import BackendError
 from backend.logs import configure_logging
 from backend.settings import load_settings
@@ -167,6 +177,7 @@ def import_(
         ),
     ] = "triage",
     mpp: Mpp = None,
+    force: Force = False,
     backend_url: Annotated[
         str,
         typer.Option(
@@ -191,6 +202,7 @@ def import_(
             project=project,
             template=template,
             mpp=mpp,
+            force=forced(mpp, force),
             backend_url=backend_url,
             retrieve=retrieve,
             say=lambda line: console.print(line, highlight=False, markup=False),
@@ -207,6 +219,7 @@ def import_(
 def doctor(
     slides: Annotated[list[Path] | None, typer.Argument(help="Slides to look at.", show_default=False)] = None,
     mpp: Mpp = None,
+    force: Force = False,
 ) -> None:
     """Check licence, checkpoint, devices, Redis, workers, Label Studio and slides; say what is missing and what to do."""
     from backend.commands.doctor import examine
@@ -215,7 +228,7 @@ def doctor(
     table = Table(show_header=False, box=None, padding=(0, 1))
     problems = 0
     with console.status("Looking around"):
-        for finding in examine(load_settings(), slides or [], mpp):
+        for finding in examine(load_settings(), slides or [], mpp, force=forced(mpp, force)):
             problems += finding.verdict == "problem"
             table.add_row(signs[finding.verdict], escape(finding.subject), escape(finding.text))
     console.print(table)

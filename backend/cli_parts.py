@@ -27,6 +27,16 @@ Mpp = Annotated[
     float | None,
     typer.Option("--mpp", help="µm per pixel of slides that do not say.", min=0.05, max=5.0, show_default=False),
 ]
+Force = Annotated[
+    bool, typer.Option("--force", help="Take --mpp also for slides that say something else, because they are wrong.")
+]
+
+
+def forced(mpp: float | None, force: bool) -> bool:
+    """``force``, or a usage error if there is nothing to force."""
+    if force and mpp is None:
+        raise typer.BadParameter("--force needs --mpp, the scale that is to hold.")
+    return force
 
 
 def need_licence() -> None:

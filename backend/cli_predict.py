@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backend.cli_exports import features_of_folders
-from backend.cli_parts import Mpp, Slides, console, need_licence, say_passed_over
+from backend.cli_parts import Force, Mpp, Slides, console, forced, need_licence, say_passed_over
 from backend.logs import configure_logging
 from backend.settings import load_settings
 
@@ -32,6 +32,7 @@ def predict(
     slides: Slides,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results, one subfolder a slide.")],
     mpp: Mpp = None,
+    force: Force = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
     ] = None,
@@ -59,6 +60,7 @@ def predict(
     Running it again analyses only what is not there yet.
     """
     need_licence()  # before seconds of imports
+    forced(mpp, force)
     from backend.commands.hints import explain
     from backend.commands.predict import predict_files
     from backend.commands.result_folders import check_writable
@@ -115,6 +117,7 @@ def predict(
             settings,
             load,
             mpp=mpp,
+            force=force,
             again=again,
             level0=level0,
             on_look=on_look,
@@ -124,6 +127,9 @@ def predict(
         )
         bar.update(task, visible=False)
     console.print(_predicted(outcomes))
+    for outcome in outcomes:
+        for note in outcome.notes:
+            console.print(f"{outcome.slide.name}: {note}", highlight=False, markup=False)
     failed = any(outcome.error for outcome in outcomes)
     if layout:
         folders = [outcome.folder for outcome in outcomes if outcome.folder is not None]

@@ -118,6 +118,32 @@ class SlideUnreadable(SlideError):
     code = "slide_unreadable"
 
 
+class FormatUnsupported(SlideError):
+    """The file is of a known format, or of a known kind of it, that no reader here reads; it is not damaged."""
+
+    code = "format_unsupported"
+
+
+class CodecUnsupported(SlideError):
+    """The pixels are compressed in a way that no reader here decodes; the message names it."""
+
+    code = "codec_unsupported"
+
+
+class ChannelsUnsupported(SlideError):
+    """The image has channels (of fluorescence, for example) where the model needs the colours of brightfield; the
+    message names them.
+    """
+
+    code = "channels_unsupported"
+
+
+class DicomUnsupported(SlideError):
+    """A DICOM object that is no whole slide with a pyramid; the message says what it is."""
+
+    code = "dicom_unsupported"
+
+
 class SlideTooLarge(SlideError):
     """A plain image whose decoded size is over ``IMAGE_MAX_PIXELS``, probably a decompression bomb; or a view of a slide without coarse levels."""
 

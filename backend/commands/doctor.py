@@ -23,6 +23,7 @@ from backend.jobs.queue import BagQueue
 from backend.jobs.redis_server import connect
 from backend.label_studio.client import LabelStudioClient
 from backend.paths import StrPath
+from backend.results.bag import MppSource
 from backend.results.store import ResultStore
 from backend.settings import Settings, licence_accepted
 from backend.slides.reader import open_slide
@@ -42,8 +43,13 @@ class Finding:
     text: str
 
 
-def examine(settings: Settings, slides: Sequence[StrPath], mpp: float | None = None) -> Iterator[Finding]:
-    """All findings, one after the other. Nothing here raises: a failed check is a finding."""
+def examine(
+    settings: Settings, slides: Sequence[StrPath], mpp: float | None = None, *, force: bool = False
+) -> Iterator[Finding]:
+    """All findings, one after the other. Nothing here raises: a failed check is a finding.
+
+    ``mpp`` is µm per pixel of slides that do not say; with ``force`` of all.
+    """
     yield from _packages()
     yield _licence()
     yield _checkpoint(settings)
@@ -53,7 +59,7 @@ def examine(settings: Settings, slides: Sequence[StrPath], mpp: float | None = N
     yield _storage(settings)
     yield _roots(settings)
     for slide in slides:
-        yield from _slide(settings, Path(slide), mpp)
+        yield from _slide(settings, Path(slide), mpp, force)
 
 
 def _packages() -> Iterator[Finding]:
@@ -200,12 +206,12 @@ def _roots(settings: Settings) -> Finding:
     return Finding("ok", "slide roots", ", ".join(map(str, settings.slide_roots)))
 
 
-def _slide(settings: Settings, path: Path, mpp: float | None) -> Iterator[Finding]:
+def _slide(settings: Settings, path: Path, mpp: float | None, force: bool) -> Iterator[Finding]:
     try:
         with open_slide(path, settings) as slide:
             width, height = slide.size
             facts = f"{slide.reader}, {width} × {height} px"
-            bag = make_bag(slide, settings, task_mpp=mpp)
+            bag = make_bag(slide, settings, task_mpp=mpp, mpp_override=force)
     except BackendError as error:
         yield Finding("problem", path.name, explain(error))
         return
@@ -213,8 +219,12 @@ def _slide(settings: Settings, path: Path, mpp: float | None) -> Iterator[Findin
     yield Finding(
         "ok",
         path.name,
-        f"{facts}, {bag.mpp:.4f} µm/px (from the {bag.mpp_source}), {len(bag)} tiles of {bag.tile_px} px at "
+        f"{facts}, {bag.mpp:.4f} µm/px ({_said_by(bag.mpp_source)}), {len(bag)} tiles of {bag.tile_px} px at "
         f"{bag.tile_mpp} µm/px with tissue, of {columns * rows} in the grid",
     )
     for note in bag.notes:
         yield Finding("warning", path.name, note)
+
+
+def _said_by(source: MppSource) -> str:
+    return {"task": "from --mpp", "forced": "forced by --mpp"}.get(source, f"from the {source}")

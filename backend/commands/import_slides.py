@@ -17,6 +17,7 @@ from backend.label_studio.services import Services
 from backend.paths import StrPath
 from backend.settings import Settings
 from backend.slides.dicom_series import slide_instance
+from backend.slides.mpp import given_scale_note
 from backend.slides.places import classify
 from backend.slides.reader import open_slide
 from backend.web.signing import SlideSigner
@@ -56,6 +57,7 @@ def import_slides(
     project: str,
     template: str = "triage",
     mpp: float | None = None,
+    force: bool = False,
     backend_url: str = "",
     retrieve: bool = True,
     say: Said = lambda _: None,
@@ -71,7 +73,10 @@ def import_slides(
         Title or number of the project; a title that does not exist yet is created with ``template`` as its labelling
         config.
     mpp
-        Written into the new tasks: µm per pixel for slides that do not say.
+        Written into the new tasks: µm per pixel for slides that do not say. Slides that are tasks already keep what
+        their task says.
+    force
+        Have ``mpp`` hold also for slides that state another.
     backend_url
         Address under which *Label Studio* reaches this backend; ``PUBLIC_URL`` if empty.
     retrieve
@@ -99,7 +104,8 @@ def import_slides(
                 if path in known:
                     done.present.append(slide)
                     continue
-                task = _task(services, signer, path, mpp, number) | {"name": slide.name}
+                task, note = _task(services, signer, path, mpp, force, number)
+                task["name"] = slide.name
         except BackendError as error:
             done.refused.append((slide, error))
             say(f"{slide.name}: {explain(error)}")
@@ -107,7 +113,12 @@ def import_slides(
         tasks.append(task)
         known.add(path)
         done.added.append(slide)
-        say(f"{slide.name}: thumbnail made")
+        say(f"{slide.name}: thumbnail made{'. ' + note if note else ''}")
+    if mpp is not None and done.present:
+        say(
+            f"{len(done.present)} slides were tasks already, and keep the scale of their tasks: --mpp {mpp:g} is not "
+            "written into them. Change their `mpp` in Label Studio, or delete them and import again."
+        )
     if tasks:
         client.import_tasks(number, tasks)
     version = services.versions.version(number)
@@ -163,22 +174,30 @@ class _KnownSlides:
                     yield (status.st_dev, status.st_ino), Path(place.location)
 
 
-def _task(services: Services, signer: SlideSigner, path: Path, mpp: float | None, project: int) -> dict[str, object]:
+def _task(
+    services: Services, signer: SlideSigner, path: Path, mpp: float | None, force: bool, project: int
+) -> tuple[dict[str, object], str]:
+    """The data of a slide's task, and what is to be said about its scale."""
     settings = services.settings
     if not any(path.is_relative_to(root) for root in settings.slide_roots):
         raise SourceRefused(
             f"{path} lies outside SLIDE_ROOTS.",
             hint="Add its folder to SLIDE_ROOTS of backend and workers, then import again.",
         )
-    ref = services.resolver.resolve(str(path), mpp=mpp)
+    ref = services.resolver.resolve(str(path), mpp=mpp, mpp_override=force)
     with open_slide(path, settings) as slide:
+        if not force:
+            slide.scale.check_square(path.name)
         thumbnail = services.thumbnails.make(ref.identity, slide)
         states_mpp = slide.mpp is not None
+        note = given_scale_note(slide.scale, mpp, forced=force) if mpp is not None else ""
     task: dict[str, object] = {
         "image": f"{settings.browser_url}/thumbnails/{thumbnail.id}.jpg",
         "slide": str(path),
     }
-    if states_mpp:
+    if force:
+        task |= {"mpp": mpp, "mpp_override": True}
+    elif states_mpp:
         ref = replace(ref, mpp=None)
     elif mpp is not None:
         task["mpp"] = mpp
@@ -186,4 +205,4 @@ def _task(services: Services, signer: SlideSigner, path: Path, mpp: float | None
     token = signer.token(ref, project)
     task["panel"] = f"{settings.browser_url}/panel?slide={token}"
     task["heatmap"] = f"{settings.browser_url}/panel/heatmap.jpg?slide={token}"
-    return task
+    return task, note

@@ -33,6 +33,7 @@ from backend.results.hdf5 import read_hdf5
 from backend.results.store import ResultStore
 from backend.settings import Settings
 from backend.slides.geojson import to_geojson
+from backend.slides.mpp import given_scale_note
 from backend.slides.reader import open_slide
 from backend.slides.render import SHOWN_MAX_PX, overlay, shown_size
 from backend.slides.source import SlideRef, file_identity
@@ -56,6 +57,8 @@ class Outcome:
     ----------
     origin
         Where the result is from: analysed now, of a former call into this folder, or of the store of results.
+    notes
+        What of the slide, or of a scale that was given, is not used: a sentence each.
     """
 
     slide: Path
@@ -63,6 +66,7 @@ class Outcome:
     bag: Bag | None = None
     origin: Origin = "analysed"
     error: BackendError | None = None
+    notes: tuple[str, ...] = ()
 
 
 def predict_files(
@@ -72,6 +76,7 @@ def predict_files(
     engine: Engine | Callable[[], Engine],
     *,
     mpp: float | None = None,
+    force: bool = False,
     again: bool = False,
     level0: bool = False,
     on_look: Callable[[int, Path], None] = lambda *_: None,
@@ -92,6 +97,8 @@ def predict_files(
         The loaded model, or what loads it: called once, when the first slide has to be analysed.
     mpp
         µm per pixel of slides that do not say.
+    force
+        Take ``mpp`` also for slides that state another.
     again
         Whether to analyse also what is analysed already.
     level0
@@ -108,7 +115,7 @@ def predict_files(
     ModelError
         There is no such model. Errors of the model while slides are analysed are those of the slides.
     """
-    call = _Call([Path(slide) for slide in slides], Path(out), settings, engine, mpp, again, level0)
+    call = _Call([Path(slide) for slide in slides], Path(out), settings, engine, mpp, force, again, level0)
     outcomes: dict[int, Outcome] = {}
     keys: dict[int, str] = {}
 
@@ -144,6 +151,7 @@ class _Call:
         settings: Settings,
         engine: Engine | Callable[[], Engine],
         mpp: float | None,
+        force: bool,
         again: bool,
         level0: bool,
     ) -> None:
@@ -151,6 +159,8 @@ class _Call:
         self._out = out
         self._settings = settings
         self._mpp = mpp
+        self._force = force
+        self._unused: dict[Path, str] = {}  # slides that state their own scale, and what is to be said of the given one
         self._again = again
         self._level0 = level0
         check_writable(out)
@@ -162,14 +172,17 @@ class _Call:
     def look(self, slide: Path) -> str:
         """The bag key of a slide; raises what can be found wrong with it before its tissue is looked for."""
         real = os.path.realpath(slide)
-        ref = SlideRef("file", (real,), file_identity(real), mpp=self._mpp)
+        ref = SlideRef("file", (real,), file_identity(real), mpp=self._mpp, mpp_override=self._force)
         # Without a scale from outside the key is known without opening the slide.
         if self._mpp is None and self._is_there(slide, key := bag_key(ref, self._model, self._settings)):
             return key
         with open_slide(slide, self._settings) as opened:
-            _, _, source = slide_grid(opened, self._settings, task_mpp=self._mpp)
+            _, _, source = slide_grid(opened, self._settings, task_mpp=self._mpp, mpp_override=self._force)
+            scale = opened.scale
         if source == "slide":  # the key of a task is of the same kind: a scale that is not used is not in it
             ref = replace(ref, mpp=None)
+            if self._mpp is not None:
+                self._unused[slide] = given_scale_note(scale, self._mpp, forced=False)
         return bag_key(ref, self._model, self._settings)
 
     def predict(self, slide: Path, key: str, progress: StageProgress) -> Outcome:
@@ -182,13 +195,21 @@ class _Call:
             # longest, does not.
             picture = not (folder / PICTURE).is_file()
             write_derived(slide, result, folder, self._settings, picture=picture, level0=self._level0)
-            return Outcome(slide, folder, result.bag, "folder")
+            return Outcome(slide, folder, result.bag, "folder", notes=self._notes(slide, result.bag))
         check_writable(self._out)  # before minutes of analysis, once for each slide
         stored = None if self._again else self._stored(key)
-        result = stored or analyse_file(slide, self._settings, self._loaded(), progress, task_mpp=self._mpp)
+        mpp = None if slide in self._unused else self._mpp
+        result = stored or analyse_file(
+            slide, self._settings, self._loaded(), progress, task_mpp=mpp, mpp_override=self._force
+        )
         progress("write", len(result.bag), len(result.bag))
         folder = self._write(slide, key, result, folder)
-        return Outcome(slide, folder, result.bag, "store" if stored else "analysed")
+        origin: Origin = "store" if stored else "analysed"
+        return Outcome(slide, folder, result.bag, origin, notes=self._notes(slide, result.bag))
+
+    def _notes(self, slide: Path, bag: Bag) -> tuple[str, ...]:
+        unused = self._unused.get(slide)
+        return (unused, *bag.notes) if unused else bag.notes
 
     def _is_there(self, slide: Path, key: str) -> bool:
         return not self._again and written_there(self._folders.choose(slide)) == (slide_id(slide), key)

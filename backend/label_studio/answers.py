@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from backend.errors import SlideNotFound, SlideUnreadable
+from backend.errors import MppUnknown, SlideNotFound, SlideUnreadable
 from backend.label_studio.check import check_prediction
 from backend.label_studio.json_texts import MAX_ANSWERS
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
@@ -29,7 +29,8 @@ def slide_ref(services: Services, config: LabelingConfig, data: TaskData) -> Sli
     """Where a task's slide is; errors as :class:`~backend.slides.source.SourceResolver` and the config have them."""
     location = config.slide_location(data)
     value = list(location) if isinstance(location, tuple) else location
-    return services.resolver.resolve(value, mpp=_task_mpp(data))
+    mpp = _task_mpp(data)
+    return services.resolver.resolve(value, mpp=mpp, mpp_override=_task_override(data, mpp))
 
 
 def _task_mpp(data: TaskData) -> float | None:
@@ -45,6 +46,27 @@ def _task_mpp(data: TaskData) -> float | None:
             f"The task's field 'mpp' holds {value!r:.40}, which is no number.",
             hint="It must be the slide's µm per pixel, such as 0.25; remove it where the slide states its own.",
         ) from None
+
+
+# As spreadsheets and CSV files write them.
+_YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no", "")
+
+
+def _task_override(data: TaskData, mpp: float | None) -> bool:
+    """Whether the task's ``mpp`` holds even where the slide states another."""
+    value = data.get("mpp_override")
+    text = "" if value is None else str(value).strip().lower()
+    if text not in _YES + _NO:
+        raise MppUnknown(
+            f"The task's field 'mpp_override' holds {value!r:.40}, which is neither true nor false.",
+            hint="true: the task's `mpp` holds whatever the slide states. Remove it where the slide is right.",
+        )
+    if text in _YES and mpp is None:
+        raise MppUnknown(
+            "The task has 'mpp_override', and no 'mpp' that could hold.",
+            hint="Add `mpp`, the slide's µm per pixel, such as 0.25; or remove `mpp_override`.",
+        )
+    return text in _YES
 
 
 class Answers:

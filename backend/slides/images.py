@@ -19,18 +19,25 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
-from backend.errors import SlideTooLarge, SlideTooSmall, SlideUnreadable
+from backend.errors import CodecUnsupported, SlideError, SlideTooLarge, SlideTooSmall, SlideUnreadable
 from backend.paths import StrPath
 from backend.results.bag import UInt8Array
 from backend.settings import Settings, get_settings
+from backend.slides.mpp import Scale
 from backend.slides.resample import WHITE
+from backend.slides.scale import tiff_scale
+from backend.slides.tiff_pages import TiffSurvey, codec_name, decodable, page_scale, survey_tiff
 
 # Pillow's own guard against decompression bombs has one fixed limit for the process and only warns at first. Every image that
 # this backend decodes passes `_check_pixels` instead, which has the limit of the settings and comes before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
 _FORMATS = ("JPEG", "PNG", "TIFF")
+_PILLOW_TIFF_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16")
+# TIFF's numbers: none, CCITT, LZW, JPEG, Deflate, PackBits. Others depend on how Pillow's libtiff was built.
+_PILLOW_COMPRESSIONS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946))
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, LookupError, struct.error, zlib.error)
 _ORIENTATION_TAG = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -43,6 +50,7 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_IMAGE_DESCRIPTION, _X_RESOLUTION, _Y_RESOLUTION, _RESOLUTION_UNIT = 270, 282, 283, 296
 _UM_PER_INCH = 25_400.0
 _MAX_SAMPLES = 4  # of a pixel: colours and transparency
 _PIECE_PX = 1024  # edge of what is converted at once
@@ -57,14 +65,17 @@ class DecodedImage:
         Mode ``RGB``, orientation applied.
     format
         ``"jpeg"``, ``"png"``, ``"tiff"``, or ``"tiff (tifffile)"``.
-    stated_mpp
-        µm per pixel (x, y) by the file's resolution, believed or not; ``None`` if there is none.
+    scale
+        What the file states of the size of its pixels, as displayed; ``None`` is nothing.
+    notes
+        What of the file is not shown, a sentence each.
     """
 
-    def __init__(self, rgb: Image.Image, format_name: str, stated_mpp: tuple[float, float] | None) -> None:
+    def __init__(self, rgb: Image.Image, format_name: str, scale: Scale | None, notes: tuple[str, ...] = ()) -> None:
         self.rgb = rgb
         self.format = format_name
-        self.stated_mpp = stated_mpp
+        self.scale = scale
+        self.notes = notes
 
 
 def load_image(path: StrPath, settings: Settings | None = None) -> DecodedImage:
@@ -80,26 +91,19 @@ def load_image(path: StrPath, settings: Settings | None = None) -> DecodedImage:
     path = Path(path)
     limit = (settings or get_settings()).image_max_pixels
     _check_not_cut(path)
+    survey = survey_tiff(path)
+    if survey is not None and survey.compression not in _PILLOW_COMPRESSIONS:
+        return _load_tiff(path, limit)
     try:
         with Image.open(path, formats=_FORMATS) as image:
             _check_pixels(path, image.size, limit)
-            if image.format == "TIFF" and image.mode not in (
-                "1",
-                "L",
-                "LA",
-                "P",
-                "RGB",
-                "RGBA",
-                "CMYK",
-                "YCbCr",
-                "I;16",
-            ):
+            if image.format == "TIFF" and image.mode not in _PILLOW_TIFF_MODES:
                 raise UnidentifiedImageError(f"mode {image.mode}")
-            stated = _stated_mpp(image)
+            scale = _stated_scale(image)
             turned = image.getexif().get(_ORIENTATION_TAG) in _TURNED
             ImageOps.exif_transpose(image, in_place=True)
             rgb = to_rgb(image)
-            return DecodedImage(rgb, str(image.format).lower(), stated and (stated[::-1] if turned else stated))
+            return DecodedImage(rgb, str(image.format).lower(), scale.turned() if turned else scale, _notes(survey))
     except UnidentifiedImageError as error:
         if _tiff_directory(path) is None:
             raise SlideUnreadable(
@@ -113,6 +117,10 @@ def load_image(path: StrPath, settings: Settings | None = None) -> DecodedImage:
         raise _no_memory(path) from error
 
 
+def _notes(survey: TiffSurvey | None) -> tuple[str, ...]:
+    return survey.notes if survey is not None else ()
+
+
 def image_size(path: StrPath, settings: Settings | None = None) -> tuple[int, int]:
     """(width, height) in pixels as displayed, from the header where that is enough. Raises as :func:`load_image`."""
     path = Path(path)
@@ -124,7 +132,7 @@ def image_size(path: StrPath, settings: Settings | None = None) -> tuple[int, in
             # Pillow turns the size of a TIFF by itself, and that of other formats only with the pixels.
             turned = image.format != "TIFF" and image.getexif().get(_ORIENTATION_TAG) in _TURNED
             return (image.height, image.width) if turned else image.size
-    except UnidentifiedImageError:
+    except (UnidentifiedImageError, KeyError):  # Pillow looks up a TIFF's compression as it opens it
         return load_image(path, settings).rgb.size
     except _DECODING_ERRORS as error:
         raise SlideUnreadable(f"{path.name} is damaged: {error}.", hint="Copy or export it again.") from error
@@ -174,13 +182,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image.copy()
     if image.mode == "F":
         raise ValueError("floating-point pixels have no plain meaning as a picture")
-    return _in_pieces(image.size, lambda box: _piece_to_rgb(image.crop(box)))
+    return _in_pieces(image.size, lambda box: piece_to_rgb(image.crop(box)))
 
 
-def _piece_to_rgb(image: Image.Image) -> Image.Image:
+def piece_to_rgb(image: Image.Image) -> Image.Image:
+    """As :func:`to_rgb`, at once: for small images."""
     if image.mode.startswith("I"):
         # I;16 of PNG and TIFF, or I where Pillow widened it.
-        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+        return Image.fromarray(to_uint8(np.asarray(image))).convert("RGB")
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (*WHITE, 255))
@@ -215,11 +224,30 @@ def _no_memory(path: Path) -> SlideTooLarge:
     )
 
 
-def _stated_mpp(image: Image.Image) -> tuple[float, float] | None:
+def _stated_scale(image: Image.Image) -> Scale:
+    if isinstance(image, TiffImageFile):
+        tags = image.tag_v2
+        try:
+            per_unit = float(tags[_X_RESOLUTION]), float(tags[_Y_RESOLUTION])
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):  # none, or none that is a number
+            per_unit = None
+        unit = tags.get(_RESOLUTION_UNIT, 2)  # TIFF 6.0: inch where none is stated
+        text = tags.get(_IMAGE_DESCRIPTION, "")
+        return tiff_scale(
+            _utf8(text) if isinstance(text, str) else "", per_unit, unit if isinstance(unit, int) else 1, image.size
+        )
     dpi = image.info.get("dpi")
     if not isinstance(dpi, tuple) or len(dpi) != 2 or not all(float(v) > 0 for v in dpi):
-        return None
-    return _UM_PER_INCH / float(dpi[0]), _UM_PER_INCH / float(dpi[1])
+        return Scale()
+    return Scale((_UM_PER_INCH / float(dpi[0]), _UM_PER_INCH / float(dpi[1])))
+
+
+def _utf8(text: str) -> str:
+    """What Pillow takes for Latin-1 and is UTF-8, as in OME-XML."""
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
 
 
 def _tiff_directory(path: Path) -> int | None:
@@ -240,27 +268,38 @@ def _check_not_cut(path: Path) -> None:
     """A TIFF (so a svs, too) whose directory lies behind its end was cut short: say so, rather than "unknown format"."""
     directory, size = _tiff_directory(path), path.stat().st_size
     if directory is not None and directory + 2 > size:
-        raise SlideUnreadable(
-            f"{path.name} is cut short: its directory should be at byte {directory}, and the file has {size}.",
-            hint="Its copy or upload was probably interrupted.",
-        )
+        raise _cut_short(path, f"its directory should be at byte {directory}", size)
+
+
+def _cut_short(path: Path, what: str, size: int) -> SlideUnreadable:
+    return SlideUnreadable(
+        f"{path.name} is cut short: {what}, and the file has {size}.",
+        hint="Its copy or upload was probably interrupted.",
+    )
 
 
 def _load_tiff(path: Path, limit: int) -> DecodedImage:
     """What Pillow does not read: BigTIFF, planar or deep colour, unusual compressions."""
+    survey = survey_tiff(path)
     try:
         with tifffile.TiffFile(path) as file:
             page = file.pages[0]
             if not isinstance(page, tifffile.TiffPage):
                 raise ValueError("its first page is incomplete")
             _check_pixels(path, (page.imagewidth, page.imagelength), limit)
+            if not decodable(int(page.compression)):
+                raise codec_unsupported(path, codec_name(int(page.compression)))
             if page.size > _MAX_SAMPLES * page.imagewidth * page.imagelength:
                 raise ValueError(f"it has {page.samplesperpixel} samples a pixel, or depth")
+            end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+            if end > (size := path.stat().st_size):
+                raise _cut_short(path, f"its pixels should end at byte {end}", size)
             orientation = page.tags.get(_ORIENTATION_TAG)
             image = _tiff_to_rgb(page)
             move = _TRANSPOSE.get(int(orientation.value)) if orientation is not None else None
-            stated = _tiff_mpp(page)
-    except SlideTooLarge:
+            turned = orientation is not None and int(orientation.value) in _TURNED
+            scale = page_scale(page)
+    except SlideError:
         raise
     except MemoryError as error:
         raise _no_memory(path) from error
@@ -268,7 +307,17 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
         raise SlideUnreadable(
             f"{path.name} cannot be decoded: {error}.", hint="Export it as an 8-bit RGB TIFF or as a pyramid."
         ) from error
-    return DecodedImage(image.transpose(move) if move is not None else image, "tiff (tifffile)", stated)
+    image = image.transpose(move) if move is not None else image
+    return DecodedImage(image, "tiff (tifffile)", scale.turned() if turned else scale, _notes(survey))
+
+
+def codec_unsupported(path: Path, codec: str) -> CodecUnsupported:
+    """The error for pixels that nothing here decodes."""
+    return CodecUnsupported(
+        f"The pixels of {path.name} are compressed with {codec}, which is not supported.",
+        hint="Convert it with a program that reads it, to JPEG tiles (for example "
+        "`vips tiffsave --tile --pyramid --compression jpeg`, or QuPath).",
+    )
 
 
 def _tiff_to_rgb(page: tifffile.TiffPage) -> Image.Image:
@@ -285,7 +334,7 @@ def _tiff_to_rgb(page: tifffile.TiffPage) -> Image.Image:
 
     def piece(box: tuple[int, int, int, int]) -> Image.Image:
         part = np.ascontiguousarray(values[box[1] : box[3], box[0] : box[2]])
-        return _piece_to_rgb(Image.fromarray(np.bitwise_not(part) if photometric == "MINISWHITE" else part))
+        return piece_to_rgb(Image.fromarray(np.bitwise_not(part) if photometric == "MINISWHITE" else part))
 
     return _in_pieces((values.shape[1], values.shape[0]), piece)
 
@@ -293,10 +342,10 @@ def _tiff_to_rgb(page: tifffile.TiffPage) -> Image.Image:
 def _tiff_values(page: tifffile.TiffPage) -> UInt8Array:
     """The page's samples as 8 bits, shaped as tifffile has them. Deep ones are scaled strip by strip, as they are decoded."""
     if page.dtype is not None:
-        _check_type(page.dtype)
+        check_type(page.dtype)
     # Of what is not compressed the file itself is as large as what is decoded.
     if page.dtype is None or page.dtype.itemsize == 1 or page.is_contiguous or not page.dataoffsets:
-        return _to_uint8(page.asarray())
+        return to_uint8(page.asarray())
     # As TiffPage.asarray puts a page together, in 8 bits.
     values = np.zeros(page.shaped, np.uint8)
     _, depth, length, width, _ = page.shaped
@@ -305,16 +354,17 @@ def _tiff_values(page: tifffile.TiffPage) -> UInt8Array:
         segment, (s, d, y, x, _), (segment_depth, segment_length, segment_width, _) = decoded
         place = values[s, d : d + segment_depth, y : y + segment_length, x : x + segment_width]
         if segment is None:
-            place[:] = _to_uint8(np.asarray(page.nodata, page.dtype))
+            place[:] = to_uint8(np.asarray(page.nodata, page.dtype))
         else:
-            place[:] = _to_uint8(segment[: depth - d, : length - y, : width - x])
+            place[:] = to_uint8(segment[: depth - d, : length - y, : width - x])
 
     for _ in page.segments(func=put, sort=True, _fullsize=False):
         pass
     return values.reshape(page.shape)
 
 
-def _check_type(dtype: np.dtype[np.generic]) -> None:
+def check_type(dtype: np.dtype[np.generic]) -> None:
+    """Raise ``ValueError`` if samples of this type cannot be shown: only whole numbers of up to 16 bits can."""
     if dtype.kind not in "bui" or dtype.itemsize > 4:
         raise _no_picture(dtype)
 
@@ -323,13 +373,13 @@ def _no_picture(dtype: np.dtype[np.generic]) -> ValueError:
     return ValueError(f"pixels of type {dtype} have no plain meaning as a picture")
 
 
-def _to_uint8(array: npt.NDArray[np.generic]) -> UInt8Array:
+def to_uint8(array: npt.NDArray[np.generic]) -> UInt8Array:
     """Whole-range scaling to 8 bits: 65535 becomes 255, rounded. Takes another 8 bytes for each of a million values at a time."""
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
     if array.dtype == np.bool_:
         return np.asarray(array, dtype=np.uint8) * np.uint8(255)
-    _check_type(array.dtype)
+    check_type(array.dtype)
     flat = array.reshape(-1)
     scaled = np.empty(flat.shape, np.uint8)
     for start in range(0, flat.size, _PIECE_PX**2):
@@ -338,14 +388,3 @@ def _to_uint8(array: npt.NDArray[np.generic]) -> UInt8Array:
             raise _no_picture(array.dtype)
         scaled[start : start + _PIECE_PX**2] = (part.astype(np.uint32) + 128) // 257
     return scaled.reshape(array.shape)
-
-
-def _tiff_mpp(page: tifffile.TiffPage) -> tuple[float, float] | None:
-    try:
-        x, y = page.get_resolution(unit="MICROMETER")
-    except (ValueError, ZeroDivisionError, TypeError):
-        return None
-    unit = page.tags.get("ResolutionUnit")
-    if unit is None or int(unit.value) not in (2, 3) or x <= 0 or y <= 0:
-        return None
-    return 1 / x, 1 / y

@@ -134,7 +134,7 @@ def _level(page: tifffile.TiffPage) -> JpegLevel:
     return level
 
 
-class _OpenFile:
+class OpenFile:
     """A file descriptor that is closed when its last reader is done with it: a number closed under a reader may become another file's."""
 
     def __init__(self, path: Path) -> None:
@@ -232,7 +232,7 @@ class JpegTiles:
         self.levels = tuple(levels)
         band = _BAND_ROWS * max(level.columns * level.tile_bytes for level in levels)
         self.cache = TileCache(cache_bytes or min(max(band, _CACHE_MIN_BYTES), _CACHE_MAX_BYTES))
-        self._file = _OpenFile(path)
+        self._file = OpenFile(path)
         self._scratch = threading.local()
         self._memory = _Slabs()
 

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from backend.errors import SlideTooLarge, SlideUnreadable
 from backend.results.bag import UInt8Array
 from backend.slides.images import DecodedImage
-from backend.slides.mpp import MPP_MAX, MPP_MIN, plausible_mpp
+from backend.slides.mpp import Scale
 from backend.slides.resample import REDUCED_UP_TO, WHITE, add_area, area_mean, best_level, is_aligned, padding, resample
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,6 @@ REGION_MAX_LEVEL_PX = 2**31
 OVERVIEW_MAX_LEVEL_PX = 2**34
 
 _LATER_LEVELS_FROM_PX = 2048  # plain images with a shorter side get no reduced copies
-_MAX_ANISOTROPY = 0.05
 
 
 class LevelSlide(ABC):
@@ -50,7 +49,7 @@ class LevelSlide(ABC):
         size: tuple[int, int],
         downsamples: Sequence[float],
         level_sizes: Sequence[tuple[int, int]],
-        stated: tuple[float, float] | None,
+        stated: Scale | None,
         reader: str,
         properties: Mapping[str, str],
         name: str,
@@ -61,12 +60,13 @@ class LevelSlide(ABC):
         self.level_downsamples = tuple(downsamples)
         self.reader = reader
         self.properties = properties
-        self.mpp = _believed(stated, name)
+        self.scale = stated or Scale()
+        self.mpp = self.scale.mpp
+        self.mpp_stated = self.scale.in_words
         self._name = name
-        self.mpp_stated = f"{stated[0]:.4g} x {stated[1]:.4g} µm per pixel" if stated else "no scale"
         self._level_sizes = tuple(level_sizes)
         self._broken_levels: frozenset[int] = frozenset()
-        self._notes: tuple[str, ...] = ()
+        self._notes = self.scale.notes
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -217,26 +217,15 @@ def _pieces(start: float, end: float) -> Iterator[tuple[int, int]]:
         first = stop
 
 
-def _believed(stated: tuple[float, float] | None, name: str) -> float | None:
-    if stated is None or not all(plausible_mpp(v) for v in stated):
-        return None
-    if abs(stated[0] - stated[1]) > _MAX_ANISOTROPY * min(stated):
-        raise SlideUnreadable(
-            f"The pixels of {name} are not square: {stated[0]:.4g} x {stated[1]:.4g} µm.",
-            hint=f"Tiles would be distorted. Resample it, or correct its scale ({MPP_MIN:g} to {MPP_MAX:g} µm per pixel).",
-        )
-    return (stated[0] + stated[1]) / 2
-
-
 class ImageSlide(LevelSlide):
     """A plain image as a slide of which everything is in memory. Levels 4 and 16 are made by exact averaging if it is large."""
 
     def __init__(self, image: DecodedImage) -> None:
         levels, downsamples = [image.rgb], [1.0]
+        stated = image.scale or Scale()
         while min(levels[-1].size) >= _LATER_LEVELS_FROM_PX and len(levels) < 3:
             levels.append(levels[-1].reduce(4))
             downsamples.append(downsamples[-1] * 4)
-        stated = image.stated_mpp
         super().__init__(
             size=image.rgb.size,
             downsamples=downsamples,
@@ -245,10 +234,12 @@ class ImageSlide(LevelSlide):
             reader=f"image {image.format}",
             properties={
                 "format": image.format,
-                **({"mpp-x": str(stated[0]), "mpp-y": str(stated[1])} if stated else {}),
+                **({"mpp-x": str(stated.xy[0]), "mpp-y": str(stated.xy[1])} if stated.xy else {}),
             },
             name="the image",
         )
+        for note in image.notes:
+            self._note(note)
         self._levels = levels
 
     def _read_level(self, level: int, x: int, y: int, w: int, h: int) -> tuple[Image.Image, float, float]:

@@ -17,6 +17,7 @@ from backend.results.bag import UInt8Array
 from backend.slides.colours import mislabelled, same_picture
 from backend.slides.levels import BLOCK_PX, LevelSlide
 from backend.slides.resample import WHITE
+from backend.slides.scale import openslide_scale
 from backend.slides.tiff_check import check_tiff
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class OpenSlideSlide(LevelSlide):
                     for dims, ds in zip(slide.level_dimensions, slide.level_downsamples, strict=True)
                 ],
                 level_sizes=slide.level_dimensions,
-                stated=_stated(slide.properties),
+                stated=openslide_scale(slide.properties, slide.dimensions),
                 reader=f"openslide {slide.properties.get(openslide.PROPERTY_NAME_VENDOR, '')}".strip(),
                 properties=_properties(slide),
                 name=path.name,
@@ -216,10 +217,3 @@ def _bounds(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:
     except (KeyError, ValueError):
         return None
     return x, y, width, height
-
-
-def _stated(properties: Mapping[str, str]) -> tuple[float, float] | None:
-    try:
-        return float(properties[openslide.PROPERTY_NAME_MPP_X]), float(properties[openslide.PROPERTY_NAME_MPP_Y])
-    except (KeyError, ValueError):
-        return None

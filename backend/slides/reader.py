@@ -1,4 +1,5 @@
-"""One protocol for every slide: what OpenSlide 4 reads (tiled JPEG without its help, once proven equal), and plain images treated as slides.
+"""One protocol for every slide: what OpenSlide 4 reads (tiled JPEG without its help, once proven equal), TIFF pyramids
+that it does not read, and plain images.
 
 Coordinates are level-0 pixels, x before y, from the top-left corner. Outside the slide, and where a scanner left holes, pixels are white.
 No ICC profile is applied.
@@ -14,14 +15,19 @@ from typing import Protocol
 import openslide
 from typing_extensions import Self
 
-from backend.errors import SlideNotFound, SlideUnreadable
+from backend.errors import ChannelsUnsupported, CodecUnsupported, FormatUnsupported, SlideNotFound, SlideUnreadable
 from backend.paths import StrPath
 from backend.results.bag import UInt8Array
 from backend.settings import Settings
+from backend.slides.companions import is_dicom
 from backend.slides.direct_reader import DirectSlide
-from backend.slides.images import load_image, read_patch
+from backend.slides.formats import check_dicom, check_format, check_not_foreign
+from backend.slides.images import codec_unsupported, load_image, read_patch
 from backend.slides.levels import OVERVIEW_MAX_LEVEL_PX, ImageSlide
+from backend.slides.mpp import Scale
 from backend.slides.openslide_reader import OpenSlideSlide
+from backend.slides.tiff_pages import TiffSurvey, survey_tiff
+from backend.slides.tiff_reader import TiffSlide
 
 __all__ = ["DirectSlide", "ImageSlide", "OpenSlideSlide", "Slide", "open_slide", "read_patch"]
 
@@ -33,12 +39,15 @@ class Slide(Protocol):
     ----------
     size
         (width, height) of level 0 in pixels.
+    scale
+        What the file states of the size of its pixels, believed or not.
     mpp
-        µm per level-0 pixel, mean of x and y; ``None`` if the file states none or one outside 0.05–5.
+        µm per level-0 pixel, mean of x and y; ``None`` if the file states none, one outside 0.05–5, or pixels that are
+        not square.
     mpp_stated
         What the file states, in words, for messages: ``"no scale"``, ``"28.97 x 28.97 µm per pixel"``.
     reader
-        Who reads its pixels: ``"imagecodecs aperio"``, ``"openslide dicom"``, ``"image jpeg"``.
+        Who reads its pixels: ``"imagecodecs aperio"``, ``"openslide dicom"``, ``"tifffile WebP"``, ``"image jpeg"``.
     properties
         What the file says of itself.
     level_downsamples
@@ -51,6 +60,8 @@ class Slide(Protocol):
 
     @property
     def size(self) -> tuple[int, int]: ...
+    @property
+    def scale(self) -> Scale: ...
     @property
     def mpp(self) -> float | None: ...
     @property
@@ -95,7 +106,7 @@ class Slide(Protocol):
 
 
 def open_slide(path: StrPath, settings: Settings, *, cache: openslide.OpenSlideCache | None = None) -> Slide:
-    """Open a slide: by OpenSlide if it knows the format, else as a plain image.
+    """Open a slide: by OpenSlide if it reads the format, by tifffile if it is a TIFF pyramid, else as a plain image.
 
     ``cache`` is for whoever keeps many slides open: OpenSlide then reads with it and nothing else is kept. Without it a slide has caches of
     its own, and tiled JPEG is read directly (:mod:`backend.slides.direct_reader`).
@@ -105,7 +116,9 @@ def open_slide(path: StrPath, settings: Settings, *, cache: openslide.OpenSlideC
     SlideNotFound
         There is no such file.
     SlideUnreadable
-        It is empty, damaged, may not be read, is of no known format, or its pixels are not square (x and y differ by more than 5 %).
+        It is empty, damaged, may not be read, or is of no known format.
+    FormatUnsupported, CodecUnsupported, ChannelsUnsupported, DicomUnsupported
+        It is sound, and of a kind that is not read; the message says which.
     SlideTooLarge
         A plain image over ``IMAGE_MAX_PIXELS``.
     """
@@ -122,16 +135,71 @@ def open_slide(path: StrPath, settings: Settings, *, cache: openslide.OpenSlideC
         ) from error
     if empty:
         raise SlideUnreadable(f"{path.name} is empty (0 bytes).", hint="Its copy or upload was probably interrupted.")
-    reason = ""
+    check_format(path)
     vendor = openslide.OpenSlide.detect_format(str(path))
+    survey = survey_tiff(path) if vendor in (None, "generic-tiff") else None
+    if survey is not None and survey.in_sub_ifds and survey.levels:
+        return TiffSlide(path, survey, shared=cache is not None)
+    reason = ""
     if vendor is not None:
         try:
-            return DirectSlide(path) if cache is None else OpenSlideSlide(path, cache)
+            slide = DirectSlide(path) if cache is None else OpenSlideSlide(path, cache)
+            return _noting(slide, survey)
         except openslide.OpenSlideError as error:
             reason = f"{path.name} was recognised as {vendor}, and OpenSlide refuses it: {error}."
             if vendor != "generic-tiff":
-                raise SlideUnreadable(reason, hint="The file is probably damaged: copy it again.") from error
+                return _refused(path, vendor, str(error), reason, shared=cache is not None)
+    if survey is not None and _by_tiles(survey, settings):
+        return TiffSlide(path, survey, shared=cache is not None)
+    if vendor is None:
+        check_not_foreign(path)
+        if is_dicom(path):
+            check_dicom(path)
+            raise SlideUnreadable(
+                f"{path.name} is a DICOM slide that OpenSlide does not recognise.",
+                hint="The file is probably damaged: copy it again.",
+            )
     try:
         return ImageSlide(load_image(path, settings))
     except SlideUnreadable as error:
         raise SlideUnreadable(f"{reason} {error.message}".strip(), hint=error.hint) from error
+
+
+def _by_tiles(survey: TiffSurvey, settings: Settings) -> bool:
+    """Whether a TIFF that OpenSlide does not read is read tile by tile: a pyramid, or one that is too large to be
+    decoded whole.
+    """
+    if not survey.levels:
+        return False
+    width, height = survey.levels[0].size
+    return len(survey.levels) > 1 or width * height > settings.image_max_pixels
+
+
+def _noting(slide: OpenSlideSlide, survey: TiffSurvey | None) -> OpenSlideSlide:
+    for note in survey.notes if survey is not None else ():
+        slide._note(note)
+    return slide
+
+
+def _refused(path: Path, vendor: str, error: str, reason: str, *, shared: bool) -> Slide:
+    """What OpenSlide recognises and does not read: by another reader, or an error that says what it is."""
+    if vendor == "aperio" and (survey := survey_tiff(path)) is not None and survey.levels and "compression" in error:
+        return TiffSlide(path, survey, shared=shared)
+    if vendor == "dicom":
+        header = check_dicom(path)
+        if "transfer syntax" in error:
+            raise codec_unsupported(path, f"{header.transfer_syntax_name} (transfer syntax {header.transfer_syntax})")
+    if "compression" in error.lower():
+        raise CodecUnsupported(
+            reason,
+            hint="It is not damaged. Convert it with a program that reads it, such as QuPath, to OME-TIFF with JPEG.",
+        )
+    if "pixel type" in error.lower():
+        raise ChannelsUnsupported(
+            reason, hint="It is not damaged. The model knows brightfield images in colour, of 8 bits."
+        )
+    if "support" in error.lower() or "dissimilar" in error:
+        raise FormatUnsupported(
+            reason, hint="It is not damaged. Convert it with a program that reads it, such as QuPath, to OME-TIFF."
+        )
+    raise SlideUnreadable(reason, hint="The file is probably damaged: copy it again.")

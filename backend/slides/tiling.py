@@ -11,7 +11,7 @@ from backend.errors import MppUnknown, NoTissue, SettingsError, SlideTooCoarse, 
 from backend.results.bag import Bag, MppSource
 from backend.settings import Settings
 from backend.slides.grid import Grid, tissue_fractions
-from backend.slides.mpp import check_task_mpp
+from backend.slides.mpp import MPP_MAX, MPP_MIN, check_task_mpp, given_scale_note
 from backend.slides.reader import Slide
 from backend.slides.tissue import tissue_mask
 
@@ -31,19 +31,23 @@ def slide_mpp(
     ------
     MppUnknown
         None of them says it, or the task says something impossible (even if the slide knows better: the task is wrong then).
+    SlideUnreadable
+        The slide says that its pixels are not square, and no scale is forced.
     """
     if task_mpp is not None:
         check_task_mpp(task_mpp)
     if task_mpp is not None and mpp_override:
         return task_mpp, "forced"
+    slide.scale.check_square("the slide")
     if slide.mpp is not None:
         return slide.mpp, "slide"
     if task_mpp is not None:
         return task_mpp, "task"
     if settings.default_mpp is not None:
         return settings.default_mpp, "default"
+    doubt = f", which is not believed ({MPP_MIN:g} to {MPP_MAX:g} are)" if slide.scale.xy is not None else ""
     raise MppUnknown(
-        f"How large a pixel is, is not known: the slide states {slide.mpp_stated} (0.05 to 5 are believed).",
+        f"How large a pixel is, is not known: the slide states {slide.mpp_stated}{doubt}.",
         hint="Put `mpp` (µm per pixel, such as 0.5) into the task's data, or set DEFAULT_MPP if all your slides share one scale.",
     )
 
@@ -57,7 +61,7 @@ def slide_grid(
     ------
     SlideTooSmall
         A side is shorter than one tile.
-    MppUnknown
+    MppUnknown, SlideUnreadable
         As :func:`slide_mpp`.
     SlideTooCoarse
         Level 0 is more than 1.5 times coarser than ``TILE_MPP``.
@@ -67,8 +71,9 @@ def slide_grid(
         raise _too_small(slide, settings.tile_px / MAX_ENLARGEMENT, settings)
     mpp, source = slide_mpp(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
     if mpp > MAX_ENLARGEMENT * settings.tile_mpp:
+        said_by = "forced" if source == "forced" else f"by the {source}"
         raise SlideTooCoarse(
-            f"The slide has {mpp:g} µm per pixel (by the {source}), and tiles need {settings.tile_mpp:g}.",
+            f"The slide has {mpp:g} µm per pixel ({said_by}), and tiles need {settings.tile_mpp:g}.",
             hint="Scan it at a higher magnification, or set TILE_MPP to the slide's scale if the model was trained at it.",
         )
     edge = settings.tile_px * settings.tile_mpp / mpp
@@ -91,6 +96,7 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
         No tile has enough tissue; the message says how much there is.
     """
     grid, mpp, source = slide_grid(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
+    given = given_scale_note(slide.scale, task_mpp, forced=mpp_override) if task_mpp is not None else ""
     long_side = math.ceil(max(slide.size) * mpp / settings.tissue_mpp)
     if min(long_side, max(slide.size)) > _OVERVIEW_MAX_PX:
         raise SettingsError(
@@ -120,7 +126,7 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
         mpp=mpp,
         mpp_source=source,
         bounds=slide.bounds,
-        notes=slide.notes,
+        notes=(*slide.notes, given) if given else slide.notes,
     )
 
 

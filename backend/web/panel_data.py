@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from backend.errors import MppUnknown
+from backend.errors import MppUnknown, SlideUnreadable
 from backend.label_studio.services import Services
 from backend.results.bag import BagResult
 from backend.slides.levels import REGION_MAX_LEVEL_PX
@@ -72,7 +72,7 @@ def slide_json(ref: SlideRef, slide: Slide, services: Services) -> dict[str, Any
     and how it is cut."""
     try:
         mpp, source = slide_mpp(slide, services.settings, task_mpp=ref.mpp, mpp_override=ref.mpp_override)
-    except MppUnknown:
+    except (MppUnknown, SlideUnreadable):
         # It can be looked at all the same, without a scale bar; that it cannot be analysed is said by its job.
         mpp, source = None, None
     return {

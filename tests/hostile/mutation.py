@@ -84,8 +84,17 @@ def write_seeds(folder: Path) -> list[Path]:
         tiff("big.tif", bigtiff=True),
         tiff("motorola.tif", byteorder=">"),
         tiff("lzw.tif", compression="lzw"),
+        tiff("webp.tif", compression="webp"),
+        tiff("jpegxl.tif", compression="jpegxl"),
+        tiff("jpegxr.tif", compression="jpegxr"),
+        tiff("lzma.tif", compression="lzma"),
         write(folder / "pyramid.tif", stroma(600, 520, seed=2)),
     ]
+    with tifffile.TiffWriter(folder / "subifd.ome.tif", ome=True) as writer:
+        scale = {"axes": "YXS", "PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5}
+        writer.write(picture, subifds=1, photometric="rgb", tile=(128, 128), compression="jpeg", metadata=scale)
+        writer.write(levels[1], subfiletype=1, photometric="rgb", tile=(128, 128), compression="jpeg")
+    made.append(folder / "subifd.ome.tif")
     small = Image.fromarray(picture[:300, :320])
     tifffile.imwrite(
         folder / "planar16.tif",

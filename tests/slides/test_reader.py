@@ -17,6 +17,7 @@ from backend.settings import Settings
 from backend.slides.colours import mislabelled, same_picture
 from backend.slides.reader import open_slide
 from backend.slides.synthetic import SyntheticSlide
+from backend.slides.tiling import slide_mpp
 
 Make = Callable[..., Settings]
 
@@ -207,8 +208,12 @@ def test_a_slide_without_a_scale_has_none(tmp_path: Path, settings: Make) -> Non
 def test_pixels_that_are_not_square_are_refused(tmp_path: Path, settings: Make) -> None:
     path = tmp_path / "oblong.tif"
     Image.fromarray(glass(400, 300)).save(path, dpi=(25400 / 0.5, 25400 / 0.6))
-    with pytest.raises(SlideUnreadable, match=r"not square: 0\.5 x 0\.6"):
-        open_slide(path, settings())
+    with open_slide(path, settings()) as slide:
+        assert slide.mpp is None
+        for given in (None, 0.5):
+            with pytest.raises(SlideUnreadable, match=r"not square: 0\.5 x 0\.6.*--force"):
+                slide_mpp(slide, settings(), task_mpp=given)
+        assert slide_mpp(slide, settings(), task_mpp=0.5, mpp_override=True) == (0.5, "forced")
 
 
 def test_a_closed_slide_does_not_read(synthetic_slide: SyntheticSlide, settings: Make) -> None:

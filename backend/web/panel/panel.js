@@ -11,6 +11,9 @@ const STRIP_PX = 144;
 /** Pushes so shortly before the page was opened came after Label Studio had read the task. */
 const GRACE_S = 5;
 
+/** Who says how large a pixel is, where it is not the file. */
+const MPP_SOURCES = { slide: "", forced: " (by the task, against the file)" };
+
 const $ = (id) => document.getElementById(id);
 const framed = window.top !== window;
 
@@ -38,7 +41,7 @@ async function showSlide() {
     return;
   }
   $("problem").hidden = true;
-  const mpp = facts.mpp ? `${Number(facts.mpp.toPrecision(4))} µm/px${facts.mpp_source === "slide" ? "" : ` (by the ${facts.mpp_source})`}` : "scale unknown";
+  const mpp = facts.mpp ? `${Number(facts.mpp.toPrecision(4))} µm/px${MPP_SOURCES[facts.mpp_source] ?? ` (by the ${facts.mpp_source})`}` : "scale unknown";
   $("facts").textContent = `${number(facts.width)} × ${number(facts.height)} px · ${mpp}`;
   let looked = false;
   viewer = new SlideViewer($("stage"), facts, {
