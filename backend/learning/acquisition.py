@@ -97,12 +97,14 @@ def labelling_order(
 def choice_like(head: Head, output: HeadOutput) -> Float64Array:
     """float64 (N, K ≥ 2): probabilities whose margin says how sure the head is, for heads of any kind.
 
-    One choice: its own. Several: chosen or not, of the least certain one. Numbers: the confidence *c* as ``((1 + c) / 2, (1 - c) / 2)``, whose margin is *c*.
+    One choice: its own, were all classes equally frequent: a margin at the prevalence would pass over what looks like a rare class. Several: chosen or not,
+    of the least certain one, likewise. Numbers: the confidence *c* as ``((1 + c) / 2, (1 - c) / 2)``, whose margin is *c*.
     """
-    if head.kind == "choice" and output.probabilities is not None:
-        return output.probabilities
-    if head.kind == "choices":
-        return np.stack([output.confidence, 1 - output.confidence], axis=1)
+    if head.kind == "choice" and output.alike is not None:
+        return output.alike
+    if head.kind == "choices" and output.alike is not None:
+        sure = np.maximum(output.alike, 1 - output.alike).min(axis=1)
+        return np.stack([sure, 1 - sure], axis=1)
     return np.stack([(1 + output.confidence) / 2, (1 - output.confidence) / 2], axis=1)
 
 

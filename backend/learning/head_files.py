@@ -38,6 +38,8 @@ def write_heads(heads: Sequence[Head], folder: Path, **about: Any) -> None:
         entry["value_range"] = list(head.value_range)
         entry["label_counts"] = dict(head.label_counts)
         entry["metrics"] = dict(head.metrics)
+        if head.prior is not None:
+            entry |= {"prior": head.prior.tolist(), "prior_stated": list(head.prior_stated)}
         arrays |= {f"{i}.{name}": np.ascontiguousarray(getattr(head, name), dtype=np.float64) for name in _ARRAYS}
         if head.spread is not None:
             spread = head.spread
@@ -108,6 +110,8 @@ def _head(i: int, entry: Mapping[str, Any], arrays: Mapping[str, Float64Array]) 
     low, high = entry["value_range"]
     fields: dict[str, Any] = {name: entry[name] for name in _FIELDS}
     fields |= {name: arrays[f"{i}.{name}"] for name in _ARRAYS}
+    # Heads of earlier releases weigh the classes alike.
+    prior = np.array(entry["prior"], dtype=np.float64) if "prior" in entry else None
     head = Head(
         **fields,
         classes=tuple(entry["classes"]),
@@ -115,7 +119,11 @@ def _head(i: int, entry: Mapping[str, Any], arrays: Mapping[str, Float64Array]) 
         label_counts=entry["label_counts"],
         metrics=entry["metrics"],
         spread=spread,
+        prior=prior,
+        prior_stated=tuple(entry.get("prior_stated", ())),
     )
+    if prior is not None and (prior.shape != (len(head.classes),) or not ((prior > 0) & (prior < 1)).all()):
+        raise ValueError(f"the prior of head '{head.control}' is {entry['prior']!r:.80}")
     k, d = len(head.classes) or 1, head.dim
     shapes = {"scale": (d,), "coef": (k, d), "intercept": (k,), "temperature": (k,), "bias": (k,)}
     for name, shape in shapes.items():

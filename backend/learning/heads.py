@@ -1,7 +1,8 @@
 """A head: a small linear model on slide embeddings or tile latents, as arrays. Inference is NumPy, so a stored head needs no scikit-learn.
 
-Probabilities weigh the classes alike, whatever their frequency among the labels: in training (class weights), in calibration and in metrics. The
-frequencies among labels say little about those in the archive once the backend has chosen what is labelled.
+What a head says weighs the classes alike, whatever their frequency (in training by class weights, and in calibration): a rare class is not ignored.
+How sure it is of that follows the frequency of the classes, see :mod:`backend.learning.prevalence`: a slide that looks like a class that one in
+twenty slides has may be called that with a confidence below one half.
 
 Numbers: the confidence is the probability, under a normal error, that the true number lies within ``tolerance`` of the predicted one, where the
 error's variance grows with the distance from what was labelled (ridge regression as a Bayesian linear model: Bishop 2006, eq. 3.59).
@@ -81,6 +82,11 @@ class Head:
         What was measured on labels that the measured model had not seen; JSON values. ``{"measured": False, "reason": …}`` with too few.
     tolerance, value_range, spread
         Only for numbers.
+    prior
+        float64 (K,): how frequent the classes are taken to be (of several choices: how often each is chosen); ``None``: all alike, as for tiles,
+        numbers, and heads stored by earlier releases.
+    prior_stated
+        The classes whose frequency the project states; that of the others is as among the labels.
     """
 
     control: str
@@ -101,6 +107,8 @@ class Head:
     tolerance: float = 0.0
     value_range: tuple[float, float] = (0.0, 0.0)
     spread: Spread | None = None
+    prior: Float64Array | None = None
+    prior_stated: tuple[str, ...] = ()
 
     @property
     def dim(self) -> int:
@@ -115,17 +123,20 @@ class HeadOutput:
     Attributes
     ----------
     values
-        N answers: a choice, a tuple of choices, or a number.
+        N answers: the most probable choice, or tuple of choices, were all equally frequent; or a number.
     confidence
-        float64 (N,) in [0, 1]: the highest calibrated probability; for several choices that of the least certain one; for
+        float64 (N,) in [0, 1]: the calibrated probability of the answer; for several choices that of the least certain one; for
         numbers the probability to be within the head's tolerance.
     probabilities
         float64 (N, K); ``None`` for numbers. Rows sum to 1 for ``choice``; each column is a yes or no of its own for ``choices``.
+    alike
+        As ``probabilities``, were all classes equally frequent; ``None`` for numbers.
     """
 
     values: tuple[str | float | tuple[str, ...], ...]
     confidence: Float64Array
     probabilities: Float64Array | None
+    alike: Float64Array | None = None
 
 
 def check_embeddings(embeddings: AnyFloatArray, names: Sequence[object] | None = None) -> None:
@@ -172,30 +183,34 @@ def uncalibrated_probabilities(head: Head, embeddings: AnyFloatArray) -> Float64
     return _to_probabilities(head.kind, logits(head, embeddings))
 
 
-def probabilities(head: Head, embeddings: AnyFloatArray, *, names: Sequence[object] | None = None) -> Float64Array:
-    """float64 (N, K): calibrated probability of each class. Only for heads of choices.
+def probabilities(
+    head: Head, embeddings: AnyFloatArray, *, names: Sequence[object] | None = None, alike: bool = False
+) -> Float64Array:
+    """float64 (N, K): calibrated probability of each class, as frequent as the head takes it to be, or ``alike``. Only for heads of choices.
 
     Raises
     ------
     EmbeddingInvalid, HeadMismatch
         See :func:`check_embeddings` and :func:`logits`.
     """
-    if not head.classes:
-        raise ValueError(f"the head '{head.control}' predicts numbers, which have no classes")
-    return _to_probabilities(head.kind, logits(head, embeddings, names=names) / head.temperature + head.bias)
+    z = _calibrated(head, embeddings, names)
+    return _to_probabilities(head.kind, z if alike else at_prevalence(z, head.prior, several=head.kind == "choices"))
 
 
 def predict(head: Head, embeddings: AnyFloatArray, *, names: Sequence[object] | None = None) -> HeadOutput:
     """What the head says of float (N, D) embeddings, and how sure it is."""
     if not head.classes:
         return _predict_numbers(head, embeddings, names)
-    p = probabilities(head, embeddings, names=names)
+    z = _calibrated(head, embeddings, names)
+    alike = _to_probabilities(head.kind, z)
+    p = _to_probabilities(head.kind, at_prevalence(z, head.prior, several=head.kind == "choices"))
     if head.kind == "choice":
-        best = p.argmax(axis=1)
-        return HeadOutput(tuple(head.classes[k] for k in best), p.max(axis=1), p)
-    chosen = p >= 0.5
+        best = alike.argmax(axis=1)
+        sure = p[np.arange(len(p)), best]
+        return HeadOutput(tuple(head.classes[k] for k in best), sure, p, alike)
+    chosen = alike >= 0.5
     answers = tuple(tuple(name for name, yes in zip(head.classes, row, strict=True) if yes) for row in chosen)
-    return HeadOutput(answers, np.maximum(p, 1 - p).min(axis=1), p)
+    return HeadOutput(answers, np.where(chosen, p, 1 - p).min(axis=1), p, alike)
 
 
 def tile_probabilities(head: Head, latents: AnyFloatArray) -> Float32Array:
@@ -208,7 +223,7 @@ def tile_probabilities(head: Head, latents: AnyFloatArray) -> Float32Array:
     result = np.empty((len(latents), len(head.classes)), dtype=np.float32)
     for start in range(0, len(latents), _CHUNK_ROWS):
         part = slice(start, start + _CHUNK_ROWS)
-        result[part] = probabilities(head, latents[part])
+        result[part] = probabilities(head, latents[part], alike=True)
     return result
 
 
@@ -222,6 +237,23 @@ def sigmoid(z: Float64Array) -> Float64Array:
     """The logistic function, without overflow."""
     e = np.exp(-np.abs(z))
     return np.asarray(np.where(z >= 0, 1.0, e) / (1.0 + e), dtype=np.float64)
+
+
+def _calibrated(head: Head, embeddings: AnyFloatArray, names: Sequence[object] | None) -> Float64Array:
+    if not head.classes:
+        raise ValueError(f"the head '{head.control}' predicts numbers, which have no classes")
+    return np.asarray(logits(head, embeddings, names=names) / head.temperature + head.bias, dtype=np.float64)
+
+
+def at_prevalence(z: Float64Array, prior: Float64Array | None, *, several: bool = False) -> Float64Array:
+    """float64 (N, K): calibrated logits of equally frequent classes, for classes as frequent as ``prior`` float64 (K,) says.
+
+    The odds are multiplied by how much more frequent each class is (Saerens et al. 2002, see :mod:`backend.learning.prevalence`). ``several``: each column is
+    a yes or no of its own, whose prior is that of yes. ``None``: as they are.
+    """
+    if prior is None:
+        return z
+    return np.asarray(z + np.log(prior) - (np.log1p(-prior) if several else 0.0), dtype=np.float64)
 
 
 def _to_probabilities(kind: HeadKind, z: Float64Array) -> Float64Array:

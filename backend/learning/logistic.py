@@ -1,205 +1,207 @@
-"""Standardised logistic regression, cross-validated, calibrated and measured: what heads of choices are made of.
+"""Standardised logistic regression, cross-validated and calibrated: what heads of choices are made of.
 
-The penalty is chosen among :data:`PENALTIES` by cross-validation on at most :data:`_TUNE_ROWS` labels: it is the variance of a prior over the
-weights, so what suits a part of the labels suits all of them.
+One procedure makes a head out of labels: the penalty is chosen among :data:`PENALTIES` by cross-validation, a model with that penalty is fitted, and
+temperature and bias are fitted to the logits that models with that penalty give to labels that they had not seen. What is measured is that whole
+procedure, by an outer cross-validation: it runs on each part of the labels anew, and its result is asked about the others (Varma & Simon, "Bias in
+error estimation when using cross-validation for model selection", BMC Bioinformatics 2006). No group, such as a patient, stands on both sides of any of
+these splits.
+
+The penalty is the variance of a prior over the weights, so what suits a part of the labels suits all of them: with many it is chosen on
+:data:`_TUNE_ROWS` of them. The standardisation of the features is not part of the procedure: it comes from all slides of the project, without labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from backend.learning.calibration import calibrated_choice, class_weights, fit_choice
+from backend.learning.calibration import class_weights, fit_choice
 from backend.learning.heads import Float64Array
-from backend.learning.metrics import BOOTSTRAPS, Int64Array, choice_metrics
+from backend.learning.splits import CV_MIN_PER_CLASS, Fold, Int64Array, class_folds, whole
 
 PENALTIES = (0.001, 0.01, 0.1, 1.0)
 DEFAULT_PENALTY = 0.01
 """With fewer labels than cross-validation needs: strong, as 768 weights on few labels ask for."""
 
-CV_MIN_PER_CLASS = 5
-"""A class with fewer labels is learnt, and not measured."""
-
 CALIBRATE_MIN_LABELS = 30
 CALIBRATE_MIN_PER_CLASS = 10
 """With fewer labels (in all; of each measured class) probabilities are those of the regression itself."""
 
-_TUNE_ROWS = 1000
-_TUNE_FOLDS = 3
-_FEW = 2000
+LEAST_GROUPS = {"slide": 3, "tile": 2}
+"""Patients of a class's slides (slides of a class's tiles) without which it is learnt, and not measured."""
+
+_TUNE_ROWS = 600
+_INNER_FOLDS = 3
+_LEAST_INSIDE = 3
+_FEW, _MANY = 500, 2000
 _ABSENT = 10.0
+_LEAST = np.log(1e-12)
+
+Features = npt.NDArray[np.floating[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Tested:
+    """M labels with what a model said of each that had not seen it, nor anything of its group.
+
+    ``logits`` float64 (M, K), calibrated as the model's own; ``labels`` and ``groups`` int64 (M,), the latter ``None`` where each is its own.
+    """
+
+    logits: Float64Array
+    labels: Int64Array
+    groups: Int64Array | None
 
 
 @dataclass(frozen=True, eq=False)
 class LogisticFit:
-    """Logits of K classes on standardised features, their calibration, and what was measured."""
+    """Logits of K classes on standardised features, their calibration, and what can be measured.
+
+    ``tested`` is ``None`` where nothing can be, for the ``reason`` in words; ``about`` are ``penalty``, ``folds``, ``calibrated`` for the metrics.
+    """
 
     coef: Float64Array
     intercept: Float64Array
     temperature: float
     bias: Float64Array
     calibrated: bool
-    metrics: dict[str, Any]
+    tested: Tested | None
+    reason: str
+    about: dict[str, Any]
 
 
 def fit_logistic(
-    x: npt.NDArray[np.floating[Any]],
+    x: Features,
     y: Int64Array,
-    classes: Sequence[str],
+    k: int,
     *,
     groups: Int64Array | None = None,
-    class_totals: Int64Array | None = None,
-    bootstraps: int = BOOTSTRAPS,
+    level: str = "slide",
+    measure: bool = True,
     seed: int = 0,
 ) -> LogisticFit:
-    """Fit on standardised float (N, D) features and int64 (N,) classes, each of which occurs.
+    """Fit on standardised float (N, D) features and int64 (N,) classes below ``k``, each of which occurs.
 
-    ``groups`` are the slides of tiles: folds never part a slide. ``bootstraps`` are drawn for the intervals of the metrics.
+    ``groups`` int64 (N,): the patients of slides, or the slides (or patients) of tiles. ``measure``: whether to test what can be, which takes most of the time.
     """
     from threadpoolctl import threadpool_limits
 
+    groups = whole(groups)
     # L-BFGS is thousands of small products: BLAS threads that wait for each other cost it up to twenty times the time.
     with threadpool_limits(1):
         if len(x) >= x.shape[1]:
-            return _fit(x, y, classes, groups, class_totals, bootstraps, seed)
+            return _fit(x, y, k, groups, level, measure, seed)
         # Fewer labels than dimensions: weights under a quadratic penalty lie in the span of the labelled, also those of each
         # fold. In coordinates of that span the problem is the same, and many times smaller.
         basis, coordinates = np.linalg.qr(x.T.astype(np.float64))
-        fit = _fit(coordinates.T, y, classes, groups, class_totals, bootstraps, seed)
+        fit = _fit(coordinates.T, y, k, groups, level, measure, seed)
         return replace(fit, coef=fit.coef @ basis.T)
 
 
+@dataclass(frozen=True, eq=False)
+class _Model:
+    coef: Float64Array
+    intercept: Float64Array
+    temperature: float
+    bias: Float64Array
+    penalty: float
+
+    def logits(self, x: Features) -> Float64Array:
+        return np.asarray((x @ self.coef.T + self.intercept) / self.temperature + self.bias, dtype=np.float64)
+
+
 def _fit(
-    x: npt.NDArray[np.floating[Any]],
-    y: Int64Array,
-    classes: Sequence[str],
-    groups: Int64Array | None,
-    class_totals: Int64Array | None,
-    bootstraps: int,
-    seed: int,
+    x: Features, y: Int64Array, k: int, groups: Int64Array | None, level: str, measure: bool, seed: int
 ) -> LogisticFit:
-    k = len(classes)
-    folds, reason = _folds(y, k, groups, seed)
-    c = _choose_penalty(x, y, k, groups, seed) if folds else DEFAULT_PENALTY
-    coef, intercept = _solve(x, y, k, c)
-    if not folds:
-        metrics: dict[str, Any] = {"measured": False, "reason": reason, "penalty": c}
-        return LogisticFit(coef, intercept, 1.0, np.zeros(k), False, metrics)
-
-    held_out: Float64Array = np.zeros((len(y), k))
-    fold_of: Int64Array = np.full(len(y), -1, dtype=np.int64)
-    for number, (train, test) in enumerate(folds):
-        w, b = _solve(x[train], y[train], k, c)
-        held_out[test] = x[test] @ w.T + b
-        fold_of[test] = number
-    tested = np.flatnonzero(fold_of >= 0)
-    z, truth, fold_of = held_out[tested], y[tested], fold_of[tested]
-    counts = np.bincount(truth, minlength=k)
-    enough = counts[counts > 0].min() >= CALIBRATE_MIN_PER_CLASS and len(truth) >= CALIBRATE_MIN_LABELS
-    temperature: float = 1.0
-    bias: Float64Array = np.zeros(k)
-    if enough:
-        temperature, bias = _calibrate(z, truth, k)
-        measured = np.zeros_like(z)
-        for number in range(len(folds)):
-            # What is measured was calibrated on the other folds, else the calibration would be tested on what it was fitted to.
-            here = fold_of == number
-            t, shift = _calibrate(z[~here], truth[~here], k)
-            measured[here] = calibrated_choice(z[here], t, shift)
-    else:
-        measured = calibrated_choice(z, 1.0, bias)
-    metrics = choice_metrics(
-        measured,
-        truth,
-        classes,
-        groups=None if groups is None else groups[tested],
-        class_totals=class_totals,
-        bootstraps=bootstraps,
-        seed=seed,
-    )
-    metrics |= {
-        "penalty": c,
-        "folds": len(folds),
-        "calibrated": bool(enough),
-        "not_measured": [name for name, n in zip(classes, counts, strict=True) if n == 0],
-    }
-    return LogisticFit(coef, intercept, temperature, bias, bool(enough), metrics)
+    least = LEAST_GROUPS[level]
+    folds, reason = class_folds(y, k, groups, 5 if len(y) <= _FEW else 3, seed, least_groups=least, level=level)
+    tested = np.concatenate([test for _, test in folds]) if folds else np.zeros(0, np.int64)
+    counts = np.bincount(y[tested], minlength=k)
+    enough = bool(folds) and counts[counts > 0].min() >= CALIBRATE_MIN_PER_CLASS and len(tested) >= CALIBRATE_MIN_LABELS
+    model = _procedure(x, y, k, groups, enough, CV_MIN_PER_CLASS, seed)
+    about: dict[str, Any] = {"penalty": model.penalty, "folds": len(folds), "calibrated": enough}
+    found = None
+    if folds and measure:
+        parts = []
+        for train, test in folds:
+            theirs = None if groups is None else whole(groups[train])
+            parts.append(_procedure(x[train], y[train], k, theirs, enough, _LEAST_INSIDE, seed).logits(x[test]))
+        z = np.concatenate(parts)
+        found = Tested(z, y[tested], None if groups is None else groups[tested])
+    return LogisticFit(model.coef, model.intercept, model.temperature, model.bias, enough, found, reason, about)
 
 
-def _solve(x: npt.NDArray[np.floating[Any]], y: Int64Array, k: int, c: float) -> tuple[Float64Array, Float64Array]:
+def _procedure(
+    x: Features, y: Int64Array, k: int, groups: Int64Array | None, calibrate: bool, least: int, seed: int
+) -> _Model:
+    """A model out of labels, with penalty and calibration chosen by those labels alone; ``least`` as of :func:`class_folds`."""
+    penalty, unseen = _choose_penalty(x, y, k, groups, least, seed)
+    if calibrate and len(y) > _TUNE_ROWS:
+        # Models on a part of the labels are less sure than one on all of them will be.
+        folds, _ = class_folds(y, k, groups, _INNER_FOLDS if len(y) <= _MANY else 2, seed, least=least)
+        unseen = [(_logits(x[test], *_solve(x[train], y[train], k, penalty)), y[test]) for train, test in folds]
+    temperature, bias = 1.0, np.zeros(k)
+    if calibrate and unseen:
+        temperature, bias = _calibrate(np.concatenate([z for z, _ in unseen]), np.concatenate([t for _, t in unseen]), k)
+    coef, intercept = _solve(x, y, k, penalty)
+    return _Model(coef, intercept, temperature, bias, penalty)
+
+
+def _logits(x: Features, coef: Float64Array, intercept: Float64Array) -> Float64Array:
+    return np.asarray(x @ coef.T + intercept, dtype=np.float64)
+
+
+def _solve(x: Features, y: Int64Array, k: int, c: float) -> tuple[Float64Array, Float64Array]:
     """Weights (K, D) and intercepts (K,). A class that is not in ``y`` gets logits well below those of the others."""
+    return next(_path(x, y, k, (c,)))
+
+
+def _path(x: Features, y: Int64Array, k: int, penalties: Sequence[float]) -> Iterator[tuple[Float64Array, Float64Array]]:
+    """:func:`_solve` for each of ``penalties``, each starting from the one before."""
     from sklearn.linear_model import LogisticRegression
 
     present = np.unique(y)
-    model = LogisticRegression(C=c, class_weight="balanced", max_iter=2000).fit(x, y)
-    coef, intercept = np.zeros((k, x.shape[1])), np.full(k, -_ABSENT)
-    if len(present) == 2:
-        intercept[present] = 0.0, float(model.intercept_[0])
-        coef[present[1]] = model.coef_[0]
-    else:
-        coef[present], intercept[present] = model.coef_, model.intercept_
-    return coef, intercept
-
-
-def _folds(
-    y: Int64Array, k: int, groups: Int64Array | None, seed: int
-) -> tuple[list[tuple[Int64Array, Int64Array]], str]:
-    """(train, test) rows of each fold; or none, and why. Classes too rare to be tested are in every training part."""
-    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
-
-    counts = np.bincount(y, minlength=k)
-    testable = counts >= CV_MIN_PER_CLASS
-    if groups is not None:
-        slides = np.array([len(np.unique(groups[y == c])) for c in range(k)])
-        testable &= slides >= 2
-        if testable.sum() < 2:
-            return [], "measured once two classes have been drawn on two slides each"
-    if testable.sum() < 2:
-        return [], f"measured once two classes have {CV_MIN_PER_CLASS} labels each"
-    rows = np.flatnonzero(testable[y])
-    rest = np.flatnonzero(~testable[y])
-    wanted = 5 if len(y) <= _FEW else 3
-    splits: Any
-    if groups is None:
-        splits = StratifiedKFold(wanted, shuffle=True, random_state=seed).split(rows, y[rows])
-    else:
-        n = min(wanted, int(slides[testable].min()), int(counts[testable].min()))
-        splits = StratifiedGroupKFold(max(2, n), shuffle=True, random_state=seed).split(rows, y[rows], groups[rows])
-    folds = []
-    for train, test in splits:
-        if len(test) == 0:
-            continue
-        beside = rest if groups is None else rest[~np.isin(groups[rest], groups[rows[test]])]
-        train_rows = np.sort(np.concatenate([rows[train], beside]))
-        if len(np.unique(y[train_rows])) >= 2:
-            folds.append((train_rows, rows[test]))
-    return (folds, "") if len(folds) >= 2 else ([], "measured once more slides have been drawn on")
+    model = LogisticRegression(class_weight="balanced", max_iter=2000, warm_start=True)
+    for c in penalties:
+        model.set_params(C=c).fit(x, y)
+        coef, intercept = np.zeros((k, x.shape[1])), np.full(k, -_ABSENT)
+        if len(present) == 2:
+            intercept[present] = 0.0, float(model.intercept_[0])
+            coef[present[1]] = model.coef_[0]
+        else:
+            coef[present], intercept[present] = model.coef_, model.intercept_
+        yield coef, intercept
 
 
 def _choose_penalty(
-    x: npt.NDArray[np.floating[Any]], y: Int64Array, k: int, groups: Int64Array | None, seed: int
-) -> float:
-    """The penalty with the smallest cross-validated log loss, classes weighing the same; the stronger of equals."""
+    x: Features, y: Int64Array, k: int, groups: Int64Array | None, least: int, seed: int
+) -> tuple[float, list[tuple[Float64Array, Int64Array]]]:
+    """The penalty with the smallest cross-validated log loss, classes weighing the same, and the stronger of equals; and for each fold the logits that a
+    model with that penalty gives to what it had not seen, with the classes."""
+    from scipy.special import logsumexp
+
     rows = _part(y, k, seed)
     x, y = x[rows], y[rows]
-    folds, _ = _folds(y, k, None if groups is None else groups[rows], seed)
+    folds: Sequence[Fold]
+    folds, _ = class_folds(y, k, None if groups is None else whole(groups[rows]), _INNER_FOLDS, seed, least=least)
     if not folds:
-        return DEFAULT_PENALTY
-    losses = []
-    for c in PENALTIES:
-        loss = 0.0
-        for train, test in folds[:_TUNE_FOLDS]:
-            w, b = _solve(x[train], y[train], k, c)
-            z = x[test] @ w.T + b
-            t, shift = _calibrate(z, y[test], k)  # scale aside, which calibration settles later: only the order counts
-            p = calibrated_choice(z, t, shift)[np.arange(len(test)), y[test]]
-            loss -= float((class_weights(y[test], k) * np.log(np.maximum(p, 1e-12))).mean())
-        losses.append(loss)
-    return PENALTIES[int(np.argmin(losses))]
+        return DEFAULT_PENALTY, []
+    losses = np.zeros(len(PENALTIES))
+    unseen: list[list[tuple[Float64Array, Int64Array]]] = [[] for _ in PENALTIES]
+    for train, test in folds:
+        truth, weights = y[test], class_weights(y[test], k)
+        for i, model in enumerate(_path(x[train], y[train], k, PENALTIES)):
+            z = _logits(x[test], *model)
+            unseen[i].append((z, truth))
+            t, shift = _calibrate(z, truth, k)  # scale aside, which calibration settles later: only the order counts
+            scaled = z / t + shift
+            log_p = scaled[np.arange(len(z)), truth] - logsumexp(scaled, axis=1)
+            losses[i] -= float((weights * np.maximum(log_p, _LEAST)).mean())
+    best = int(np.argmin(losses))
+    return PENALTIES[best], unseen[best]
 
 
 def _part(y: Int64Array, k: int, seed: int) -> Int64Array:

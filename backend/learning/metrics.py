@@ -1,8 +1,11 @@
-"""How good a head is, with intervals; every number from answers to labels that the answering model had not seen.
+"""How good a head is, with intervals; every number from answers to labels that the answering model had not seen, nor anything of their patients.
 
-Intervals hold 95 %: percentile bootstrap over slides (Efron & Tibshirani 1993) for all but a class's recall on slides, which is a proportion of independent
-trials (Wilson 1927), and the balanced accuracy on slides, the mean of such proportions (Zou & Donner 2008): a head that is right about every one of a
-few slides would have a bootstrap interval without width.
+Intervals hold 95 %. They count patients, not slides, where these are known (for tiles: slides, or patients): percentile bootstrap over them (Efron &
+Tibshirani 1993), but never narrower than with one trial for each of them: a class's recall as a proportion (Wilson 1927), the balanced accuracy as the mean of
+such proportions (Zou & Donner 2008), since a head that is right about every one of a few slides would have a bootstrap interval without width.
+
+A class's precision (positive predictive value) depends on how frequent the classes are. It follows from the recalls at the frequencies that the head assumes
+(Bayes), and its interval from draws of each recall's Jeffreys posterior, as for a risk at a given prevalence (Brown, Cai, DasGupta 2001 for the posterior).
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 from backend.learning.calibration import class_weights
-from backend.learning.heads import Float64Array
+from backend.learning.heads import Float64Array, at_prevalence, softmax
 
 Int64Array = npt.NDArray[np.int64]
+AnyArray = npt.NDArray[Any]
 
 BOOTSTRAPS = 200
 _ECE_BINS = 10
+_DRAWS = 2000
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
+def wilson(hits: float, n: float) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
@@ -34,10 +39,10 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def mean_of_proportions(hits: Int64Array, counts: Int64Array) -> tuple[float, float]:
+def mean_of_proportions(hits: AnyArray, counts: AnyArray) -> tuple[float, float]:
     """The 95 % interval of the mean of independent proportions, from their score intervals (Zou & Donner 2008); each count is at least 1."""
     parts = hits / counts
-    limits = np.array([wilson(int(h), int(n)) for h, n in zip(hits, counts, strict=True)])
+    limits = np.array([wilson(float(h), float(n)) for h, n in zip(hits, counts, strict=True)])
     down, up = np.sqrt(((parts - limits[:, 0]) ** 2).sum()), np.sqrt(((limits[:, 1] - parts) ** 2).sum())
     return max(0.0, float(parts.mean() - down / len(parts))), min(1.0, float(parts.mean() + up / len(parts)))
 
@@ -65,81 +70,119 @@ def expected_calibration_error(confidence: Float64Array, right: npt.NDArray[np.b
 
 
 def choice_metrics(
-    probabilities: Float64Array,
+    logits: Float64Array,
     labels: Int64Array,
     classes: Sequence[str],
     *,
+    prior: Float64Array | None = None,
     groups: Int64Array | None = None,
-    class_totals: Int64Array | None = None,
-    bootstraps: int = BOOTSTRAPS,
+    labelled: Int64Array | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics of one choice among K.
 
     Parameters
     ----------
-    probabilities, labels
-        float64 (N, K), of labels int64 (N,).
+    logits, labels
+        float64 (N, K), calibrated for classes that are equally frequent, of labels int64 (N,).
     classes
         The K names.
+    prior
+        float64 (K,): how frequent the classes are taken to be; ``None``: alike for the confidence, and as labelled for the precision.
     groups
-        int64 (N,): the slide of each tile, which the bootstrap draws whole; ``None``: each item is a slide.
-    class_totals
-        int64 (K,): labels of each class before a part of them was drawn for the fit; ``None``: all are here.
+        int64 (N,): the patient of each slide, or the slide of each tile; ``None``: each item is its own.
+    labelled
+        int64 (K,): all labels of each class, those that are not here included; ``None``: all are here.
 
     Returns
     -------
-    ``balanced_accuracy``, ``auroc`` (macro, one against the rest), ``ece`` (classes weighing the same) as ``[value, low, high]``; ``ece_as_labelled``
-    (as frequent as labelled); ``per_class`` with ``n``, ``recall``, ``precision``, ``auroc``.
+    ``balanced_accuracy``, ``auroc`` (macro, one against the rest), ``ece`` (with classes as frequent as ``prior``) as ``[value, low, high]``; ``ece_as_labelled``
+    (as frequent as labelled); ``per_class`` with ``n``, ``groups``, ``recall``, ``precision``, ``auroc`` and ``prevalence``: ``labelled`` and ``assumed``.
     """
     k = len(classes)
     counts = np.bincount(labels, minlength=k)
     tested = np.flatnonzero(counts)
-    balance = class_weights(labels, k)
-    as_labelled = np.ones(len(labels))
-    if class_totals is not None:
-        as_labelled = (class_totals / np.maximum(counts, 1))[labels]
-    guess = probabilities.argmax(axis=1)
+    totals = counts if labelled is None else labelled
+    as_labelled = (totals / np.maximum(counts, 1))[labels]
+    assumed = totals / totals.sum() if prior is None else prior
+    at_prior = class_weights(labels, k) if prior is None else (prior / np.maximum(counts, 1))[labels] * len(labels)
+    guess = logits.argmax(axis=1)
     right = guess == labels
-    confidence = probabilities.max(axis=1)
+    probabilities = softmax(at_prevalence(logits, prior))
+    confidence = probabilities[np.arange(len(labels)), guess]
     areas = [weighted_auroc(probabilities[:, c], labels == c) for c in range(k)]
 
     def measure(drawn: Float64Array) -> list[float]:
         held = np.bincount(labels, drawn, minlength=k)
-        said = np.bincount(guess, drawn * as_labelled, minlength=k)
         hit = np.bincount(labels, drawn * right, minlength=k)
-        hit_as_labelled = np.bincount(labels, drawn * right * as_labelled, minlength=k)
         with np.errstate(invalid="ignore", divide="ignore"):
             recall = hit / held
-            precision = np.where(said > 0, hit_as_labelled / said, np.nan)
         auroc = np.array([area(drawn * as_labelled) for area in areas])
-        ece = expected_calibration_error(confidence, right, drawn * balance)
+        ece = expected_calibration_error(confidence, right, drawn * at_prior)
         ece_plain = expected_calibration_error(confidence, right, drawn * as_labelled)
-        overall = [_mean(recall[tested]), _mean(auroc[tested]), ece, ece_plain]
-        return [*overall, *recall.tolist(), *precision.tolist(), *auroc.tolist()]
+        return [_mean(recall[tested]), _mean(auroc[tested]), ece, ece_plain, *recall.tolist(), *auroc.tolist()]
 
-    rows = _with_intervals(measure, len(labels), groups, bootstraps, seed)
-    if groups is None and rows[0] is not None:
-        hits_of = np.bincount(labels[right], minlength=k)[tested]
-        rows[0] = [rows[0][0], *mean_of_proportions(hits_of, counts[tested])]
+    rows = _with_intervals(measure, len(labels), groups, seed)
+    # Of each class as many trials as there are patients.
+    of_class = counts if groups is None else np.array([len(np.unique(groups[labels == c])) for c in range(k)])
+    trials = of_class[tested].astype(np.float64)
+    hits = np.bincount(labels[right], minlength=k)[tested] / counts[tested] * trials
+    rows[0] = _at_least(rows[0], mean_of_proportions(hits, trials), alone=groups is None)
+    said = np.zeros((k, k))
+    np.add.at(said, (labels, guess), 1)
+    precision = _precision(said[tested] / counts[tested, None], trials, assumed[tested], tested, seed)
     per_class: dict[str, Any] = {}
     for c, name in enumerate(classes):
         recall = rows[4 + c]
-        if recall is not None and groups is None:
-            hits = int((right & (labels == c)).sum())
-            recall = [recall[0], *wilson(hits, int(counts[c]))]
+        if counts[c]:
+            i = int(np.flatnonzero(tested == c)[0])
+            recall = _at_least(recall, wilson(float(hits[i]), float(trials[i])), alone=groups is None)
         per_class[name] = {
             "n": int(counts[c]),
+            "groups": int(of_class[c]),
             "recall": recall,
-            "precision": rows[4 + k + c],
-            "auroc": rows[4 + 2 * k + c],
+            "precision": precision.get(c),
+            "auroc": rows[4 + k + c],
+            "prevalence": {"labelled": float(totals[c] / totals.sum()), "assumed": float(assumed[c])},
         }
     named = dict(zip(("balanced_accuracy", "auroc", "ece", "ece_as_labelled"), rows[:4], strict=True))
     return {"measured": True, **named, "per_class": per_class}
 
 
-def number_metrics(predicted: Float64Array, truth: Float64Array, *, seed: int = 0) -> dict[str, Any]:
-    """``mae`` (mean absolute error) and ``r2`` (against always saying the mean) as ``[value, low, high]``."""
+def _at_least(row: list[float] | None, limits: tuple[float, float], *, alone: bool) -> list[float] | None:
+    """``row`` with an interval no narrower than ``limits``; ``alone``: those are the interval."""
+    if row is None:
+        return None
+    value, low, high = row
+    return [value, *limits] if alone else [value, min(low, limits[0]), max(high, limits[1])]
+
+
+def _precision(
+    said: Float64Array, trials: Float64Array, prior: Float64Array, tested: Int64Array, seed: int
+) -> dict[int, list[float]]:
+    """By class, how many of those called so are so, as ``[value, low, high]``; classes that were never said are left out.
+
+    ``said`` float64 (T, K): of each of the T ``tested`` classes the part that was called each class, in so many ``trials``; ``prior`` float64 (T,).
+    """
+    rng = np.random.default_rng(seed)
+    prior = prior / prior.sum()
+    found: dict[int, list[float]] = {}
+    for own, c in enumerate(tested):
+        total = float(prior @ said[:, c])
+        if total == 0:
+            continue
+        value = float(prior[own] * said[own, c] / total)
+        shares = rng.beta(said[:, c] * trials + 0.5, (1 - said[:, c]) * trials + 0.5, size=(_DRAWS, len(tested)))
+        drawn = prior[own] * shares[:, own] / (shares @ prior)
+        low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
+        found[int(c)] = [value, float(min(low, value)), float(max(high, value))]
+    return found
+
+
+def number_metrics(
+    predicted: Float64Array, truth: Float64Array, *, groups: Int64Array | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """``mae`` (mean absolute error) and ``r2`` (against always saying the mean) as ``[value, low, high]``; ``groups`` as for :func:`choice_metrics`."""
 
     def measure(drawn: Float64Array) -> list[float]:
         total = drawn.sum()
@@ -149,7 +192,7 @@ def number_metrics(predicted: Float64Array, truth: Float64Array, *, seed: int = 
         r2 = 1 - (drawn * error**2).sum() / spread if spread > 0 else math.nan
         return [float((drawn * np.abs(error)).sum() / total), float(r2)]
 
-    rows = _with_intervals(measure, len(truth), None, BOOTSTRAPS, seed)
+    rows = _with_intervals(measure, len(truth), groups, seed)
     return {"measured": True, "mae": rows[0], "r2": rows[1]}
 
 
@@ -159,7 +202,7 @@ def _mean(values: Float64Array) -> float:
 
 
 def _with_intervals(
-    measure: Callable[[Float64Array], list[float]], n: int, groups: Int64Array | None, bootstraps: int, seed: int
+    measure: Callable[[Float64Array], list[float]], n: int, groups: Int64Array | None, seed: int
 ) -> list[list[float] | None]:
     """Each measure as [value, low, high]; ``None`` where it is undefined."""
     rng = np.random.default_rng(seed)
@@ -169,7 +212,7 @@ def _with_intervals(
     drawn = np.array(
         [
             measure(np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups).astype(np.float64)[group])
-            for _ in range(bootstraps)
+            for _ in range(BOOTSTRAPS)
         ]
     )
     rows: list[list[float] | None] = []

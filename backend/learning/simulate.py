@@ -31,12 +31,14 @@ _HELD_OUT = 1 / 3
 
 @dataclass(frozen=True, eq=False)
 class KnownSet:
-    """Embeddings with known labels: float (N, D) and int64 (N,) from 0; ``held_out`` bool (N,) are judged, never labelled."""
+    """Embeddings with known labels: float (N, D) and int64 (N,) from 0; ``held_out`` bool (N,) are judged, never labelled. ``groups`` int64
+    (N,): slides with the same number are of one patient, and on one side; ``None``: unknown."""
 
     name: str
     embeddings: AnyFloatArray
     labels: Int64Array
     held_out: BoolArray
+    groups: Int64Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +117,13 @@ def imbalanced(seed: int, n: int = 5000, dim: int = 768, positives: float = 0.05
 
 
 def from_file(path: Path) -> Callable[[int], KnownSet]:
-    """A set of one's own: an ``.npz`` with ``embeddings`` float (N, D) and ``labels`` (N,) of any names; a third is held out, by seed."""
+    """A set of one's own: an ``.npz`` with ``embeddings`` float (N, D) and ``labels`` (N,) of any names, and ``patients`` (N,) where they are known; a
+    third is held out, by seed, and no patient is in both parts."""
     with np.load(path, allow_pickle=False) as data:
-        embeddings, names = data["embeddings"], data["labels"]
+        embeddings, names, patients = data["embeddings"], data["labels"], data.get("patients")
     labels = np.unique(names, return_inverse=True)[1].astype(np.int64)
-    return lambda seed: KnownSet(path.stem, embeddings, labels, _split(labels, seed))
+    groups = None if patients is None else np.unique(patients, return_inverse=True)[1].astype(np.int64)
+    return lambda seed: KnownSet(path.stem, embeddings, labels, _split(labels, seed, groups), groups)
 
 
 def replay(known: KnownSet, strategy: StrategyName, *, budget: int, batch_size: int, seed: int) -> Float64Array:
@@ -133,7 +137,7 @@ def replay(known: KnownSet, strategy: StrategyName, *, budget: int, batch_size: 
     head: Head | None = None
     curve: list[float] = []
     for number in range(budget // batch_size):
-        certain = probabilities(head, x) if head is not None else None
+        certain = probabilities(head, x, alike=True) if head is not None else None
         open_ = np.flatnonzero(~labelled)
         if strategy == "default":
             chosen = next_batch(features, labelled, certain, batch_size, seed=seed * 1000 + number)
@@ -149,7 +153,8 @@ def replay(known: KnownSet, strategy: StrategyName, *, budget: int, batch_size: 
             [names[label] for label in y[labelled]],
             fingerprint="simulated",
             background=x,
-            bootstraps=1,  # the intervals of each round's metrics are not looked at
+            groups=None if known.groups is None else known.groups[pool][labelled],
+            measure=False,  # each round's head is judged by what is held out
         )
         head = fitted if isinstance(fitted, Head) else None
         curve.append(_judge(head, known, len(names)))
@@ -220,10 +225,13 @@ def _judge(head: Head | None, known: KnownSet, n_classes: int) -> float:
     return float((hits[held > 0] / held[held > 0]).mean())
 
 
-def _split(labels: Int64Array, seed: int) -> BoolArray:
-    """A third of each class."""
+def _split(labels: Int64Array, seed: int, groups: Int64Array | None = None) -> BoolArray:
+    """A third of each class, or of the patients."""
     rng = np.random.default_rng(seed)
     held_out: BoolArray = np.zeros(len(labels), dtype=np.bool_)
+    if groups is not None:
+        patients = rng.permutation(np.unique(groups))
+        return np.isin(groups, patients[: round(len(patients) * _HELD_OUT)])
     for c in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == c))
         held_out[rows[: round(len(rows) * _HELD_OUT)]] = True

@@ -26,11 +26,13 @@ MIN_TILES = 20
 
 @dataclass(frozen=True, eq=False)
 class LabelledTiles:
-    """Labelled tiles of one slide: ``slide`` names it, ``latents`` float (n, D), ``labels`` n names."""
+    """Labelled tiles of one slide: ``slide`` names it, ``latents`` float (n, D), ``labels`` n names; ``group`` is the same for slides of one
+    patient, ``None`` where that is not known."""
 
     slide: object
     latents: AnyFloatArray
     labels: Sequence[str]
+    group: object = None
 
 
 def fit_tile_head(
@@ -66,7 +68,7 @@ def fit_tile_head(
     rng = np.random.default_rng(seed)
     quota = max(1, sample_tiles // max(1, len(classes)))
     reservoirs = {name: _Reservoir(quota, rng) for name in classes}
-    slides: dict[object, int] = {}
+    groups_of: dict[object, int] = {}
     dim: int | None = None
     for piece in pieces:
         latents = piece.latents
@@ -76,7 +78,8 @@ def fit_tile_head(
         if latents.shape[1] != dim:
             raise EmbeddingInvalid(f"Latents of slide {piece.slide} have length {latents.shape[1]}, others {dim}.")
         check_embeddings(latents, _Names(piece.slide, len(latents)))
-        number = slides.setdefault(piece.slide, len(slides))
+        apart = ("slide", piece.slide) if piece.group is None else ("patient", piece.group)
+        number = groups_of.setdefault(apart, len(groups_of))
         labels = np.asarray(piece.labels, dtype=object)
         strange = set(piece.labels) - set(classes)
         if strange:

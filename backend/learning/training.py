@@ -12,20 +12,17 @@ from typing import Any
 import numpy as np
 
 from backend.errors import EmbeddingInvalid
-from backend.learning.heads import AnyFloatArray, Float64Array, Head, HeadLevel, Spread, check_embeddings
+from backend.learning.heads import AnyFloatArray, Float64Array, Head, HeadLevel, check_embeddings
 from backend.learning.logistic import LogisticFit, fit_logistic
-from backend.learning.metrics import BOOTSTRAPS, Int64Array, number_metrics
+from backend.learning.metrics import Int64Array, choice_metrics
+from backend.learning.prevalence import class_prior
+from backend.learning.ridge import fit_ridge
 
 MIN_PER_CLASS = 2
 """Two classes need so many labels each before there is a head."""
 
 MIN_LABELS = 4
-NUMBER_CV_MIN_LABELS = 10
-_ALPHAS = tuple(10.0**power for power in range(0, 6))
 _FLOAT32_ROWS = 20_000
-_KNOWN_DIRECTION = 0.01
-_TUNE_ROWS = 1000
-_FEW = 2000
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,10 @@ def fit_choice_head(
     names: Sequence[object] | None = None,
     groups: Int64Array | None = None,
     class_totals: Mapping[str, int] | None = None,
+    priors: Mapping[str, float] | None = None,
     background: AnyFloatArray | None = None,
     min_labels: int = MIN_LABELS,
-    bootstraps: int = BOOTSTRAPS,
+    measure: bool = True,
     seed: int = 0,
 ) -> Head | TooFewLabels:
     """A head for one choice among several.
@@ -87,16 +85,19 @@ def fit_choice_head(
     names
         The N slides, for the message about a broken embedding.
     groups
-        int64 (N,), the slide of each tile: folds never part a slide.
+        int64 (N,), the patient of each slide, or the slide (or patient) of each tile: no validation parts one; see
+        :func:`backend.learning.splits.patient_groups`. ``None``: each label is its own.
     class_totals
         Labels of each class where ``labels`` are a sample of them.
+    priors
+        How frequent classes are, each in (0, 1), as far as the project states it; see :mod:`backend.learning.prevalence`. Only for slides.
     background
         float (M, D): all embeddings of the project; the standardisation is that of them instead of the labelled ones (few
         labels tell little about scale).
     min_labels
         Labels needed in all.
-    bootstraps
-        Draws for the intervals of the metrics.
+    measure
+        Whether to measure how good it is, which takes most of the time.
 
     Raises
     ------
@@ -117,16 +118,13 @@ def fit_choice_head(
     index = {name: i for i, name in enumerate(seen)}
     y = np.array([index[label] for label in labels], dtype=np.int64)
     mean, scale = _standardisation(embeddings, background)
-    totals = None if class_totals is None else np.array([class_totals[name] for name in seen], dtype=np.int64)
-    fit = fit_logistic(
-        _standardised(embeddings, mean, scale),
-        y,
-        seen,
-        groups=groups,
-        class_totals=totals,
-        bootstraps=bootstraps,
-        seed=seed,
-    )
+    totals = class_totals or counts
+    x = _standardised(embeddings, mean, scale)
+    fit = fit_logistic(x, y, len(seen), groups=groups, level=level, measure=measure, seed=seed)
+    # How often people draw a class says nothing of how often tiles have it.
+    prior = class_prior(seen, totals, priors or {}) if level == "slide" else None
+    labelled = np.array([totals[name] for name in seen], dtype=np.int64)
+    metrics = _metrics(fit, seen, prior, labelled, seed)
     return Head(
         control=control,
         level=level,
@@ -140,9 +138,11 @@ def fit_choice_head(
         bias=fit.bias,
         calibrated=fit.calibrated,
         n_labels=len(labels) if class_totals is None else sum(class_totals.values()),
-        label_counts={name: n for name, n in (class_totals or counts).items() if n},
+        label_counts={name: n for name, n in totals.items() if n},
         fingerprint=fingerprint,
-        metrics={**fit.metrics, "unseen": [name for name in classes if not counts[name]]},
+        metrics={**metrics, "unseen": [name for name in classes if not counts[name]]},
+        prior=prior,
+        prior_stated=tuple(name for name in seen if name in (priors or {})) if level == "slide" else (),
     )
 
 
@@ -154,13 +154,15 @@ def fit_choices_head(
     *,
     fingerprint: str,
     names: Sequence[object] | None = None,
+    groups: Int64Array | None = None,
+    priors: Mapping[str, float] | None = None,
     background: AnyFloatArray | None = None,
     min_labels: int = MIN_LABELS,
     seed: int = 0,
 ) -> Head | TooFewLabels:
     """A head for several choices at once: a yes or no for each, learnt from the slides for which it is known.
 
-    As :func:`fit_choice_head`; ``labels`` are N mappings ``{choice: chosen}``. Choices without two slides that have it and two that have not are left
+    As :func:`fit_choice_head`; ``labels`` are N mappings ``{choice: chosen}``, ``priors`` say how often each is chosen. Choices without two slides that have it and two that have not are left
     out and listed in ``metrics["unseen"]``; with none left there is no head. Metrics are per choice, in ``metrics["choices"]``.
     """
     _check(embeddings, labels, names, background)
@@ -183,9 +185,15 @@ def fit_choices_head(
         return TooFewLabels(control, "slide", len(labels), missing, text)
     mean, scale = _standardisation(embeddings, background)
     x = _standardised(embeddings, mean, scale)
-    fits: dict[str, LogisticFit] = {
-        name: fit_logistic(x[rows], y, ("no", "yes"), seed=seed) for name, (rows, y) in known.items()
-    }
+    stated = priors or {}
+    fits: dict[str, LogisticFit] = {}
+    prior: dict[str, float] = {}
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, (rows, y) in known.items():
+        fits[name] = fit_logistic(x[rows], y, 2, groups=None if groups is None else groups[rows], seed=seed)
+        prior[name] = stated.get(name, float(y.mean()))
+        either = np.array([1 - prior[name], prior[name]])
+        metrics[name] = _metrics(fits[name], ("no", "yes"), either, np.bincount(y, minlength=2), seed)
     kept = list(fits.values())
     return Head(
         control=control,
@@ -203,10 +211,12 @@ def fit_choices_head(
         label_counts=chosen,
         fingerprint=fingerprint,
         metrics={
-            "measured": any(fit.metrics["measured"] for fit in kept),
-            "choices": {name: fit.metrics for name, fit in fits.items()},
+            "measured": any(found["measured"] for found in metrics.values()),
+            "choices": metrics,
             "unseen": [name for name in classes if name not in fits],
         },
+        prior=np.array(list(prior.values())),
+        prior_stated=tuple(name for name in fits if name in stated),
     )
 
 
@@ -218,19 +228,16 @@ def fit_number_head(
     fingerprint: str,
     rating: bool = False,
     names: Sequence[object] | None = None,
+    groups: Int64Array | None = None,
     background: AnyFloatArray | None = None,
     min_labels: int = MIN_LABELS,
     seed: int = 0,
 ) -> Head | TooFewLabels:
-    """A head for a number, by ridge regression whose penalty is chosen by leave-one-out error.
+    """A head for a number, by ridge regression whose penalty is chosen by cross-validation.
 
     As :func:`fit_choice_head`, with N finite ``numbers``. ``rating``: whole numbers, within those seen. The tolerance of the confidence is half a
     star for a rating, and half a standard deviation of the labels for other numbers. All labels being the same number counts as too few.
     """
-    from sklearn.linear_model import Ridge, RidgeCV
-    from sklearn.model_selection import KFold, cross_val_predict
-    from threadpoolctl import threadpool_limits
-
     _check(embeddings, numbers, names, background)
     y = np.array(numbers, dtype=np.float64)
     if not np.isfinite(y).all():
@@ -240,20 +247,7 @@ def fit_number_head(
         what = f"{more} more labelled slides" if more > 0 else f"a slide with another number than {y[0]:g}"
         return TooFewLabels(control, "slide", len(y), {"": max(more, 1)}, f"'{control}': {what} needed.")
     mean, scale = _standardisation(embeddings, background)
-    x = _standardised(embeddings, mean, scale)
-    with threadpool_limits(1):  # one decomposition after another: threads that wait for each other only cost time
-        tuned_on = np.random.default_rng(seed).permutation(len(y))[:_TUNE_ROWS]
-        alpha = float(RidgeCV(alphas=_ALPHAS).fit(x[tuned_on], y[tuned_on]).alpha_)
-        model = Ridge(alpha=alpha, solver="cholesky").fit(x, y)
-        held_out = None
-        if len(y) >= NUMBER_CV_MIN_LABELS:
-            folds = KFold(5 if len(y) <= _FEW else 3, shuffle=True, random_state=seed)
-            held_out = cross_val_predict(Ridge(alpha=alpha, solver="cholesky"), x, y, cv=folds)
-        residuals = y - np.asarray(model.predict(x), dtype=np.float64)
-        spread = _spread(np.asarray(x, dtype=np.float64), residuals, alpha)
-    metrics: dict[str, Any] = {"measured": False, "reason": f"measured once there are {NUMBER_CV_MIN_LABELS} labels"}
-    if held_out is not None:
-        metrics = {**number_metrics(np.asarray(held_out, dtype=np.float64), y, seed=seed), "folds": folds.n_splits}
+    fit = fit_ridge(_standardised(embeddings, mean, scale), y, groups=groups, seed=seed)
     return Head(
         control=control,
         level="slide",
@@ -261,38 +255,37 @@ def fit_number_head(
         classes=(),
         mean=mean,
         scale=scale,
-        coef=np.asarray(model.coef_, dtype=np.float64)[None, :],
-        intercept=np.array([float(model.intercept_)]),
+        coef=fit.coef[None, :],
+        intercept=np.array([fit.intercept]),
         temperature=np.ones(1),
         bias=np.zeros(1),
         calibrated=False,
         n_labels=len(y),
         label_counts={"": len(y)},
         fingerprint=fingerprint,
-        metrics={**metrics, "penalty": alpha},
+        metrics=fit.metrics,
         tolerance=0.5 if rating else float(y.std() / 2),
         value_range=(float(y.min()), float(y.max())),
-        spread=spread,
+        spread=fit.spread,
     )
 
 
-def _spread(x: Float64Array, residuals: Float64Array, alpha: float) -> Spread:
-    """x'(X'X + αI)⁻¹x = (|x|² - Σ s²/(s² + α) (v·x)²) / α for the eigenvectors v and eigenvalues s² of X'X; the intercept adds 1/n.
-
-    From the same leverages follow the leave-one-out errors, residual / (1 - leverage).
-    """
-    n, d = x.shape
-    x = x - x.mean(axis=0)
-    values, vectors = np.linalg.eigh(x @ x.T if n < d else x.T @ x)
-    keep = values / (np.abs(values) + alpha) > _KNOWN_DIRECTION
-    values, vectors = values[keep], vectors[:, keep]
-    directions = x.T @ vectors / np.sqrt(values) if n < d else vectors
-    shrinkage = values / (values + alpha)
-    leverage = ((x**2).sum(axis=1) - (x @ directions) ** 2 @ shrinkage) / alpha + 1 / n
-    leverage = np.clip(leverage, 0, 1 - 1e-6)
-    # The variance must stay above zero, or a fit without error would be certain of everything.
-    variance = max(float(np.mean((residuals / (1 - leverage)) ** 2)), 1e-12)
-    return Spread(variance, float((leverage / (1 - leverage)).mean()), alpha, directions, shrinkage)
+def _metrics(
+    fit: LogisticFit, classes: Sequence[str], prior: Float64Array | None, labelled: Int64Array, seed: int
+) -> dict[str, Any]:
+    """What can be measured of a fit; ``prior`` and ``labelled`` as for :func:`~backend.learning.metrics.choice_metrics`."""
+    if fit.tested is None:
+        return {"measured": False, "reason": fit.reason or "not asked for", "penalty": fit.about["penalty"]}
+    found = choice_metrics(
+        fit.tested.logits,
+        fit.tested.labels,
+        classes,
+        prior=prior,
+        groups=fit.tested.groups,
+        labelled=labelled,
+        seed=seed,
+    )
+    return {**found, **fit.about, "not_measured": [name for name, of in found["per_class"].items() if not of["n"]]}
 
 
 def _too_few(control: str, level: HeadLevel, counts: Mapping[str, int], n: int, min_labels: int) -> TooFewLabels | None:
