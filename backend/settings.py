@@ -148,6 +148,14 @@ class Settings(BaseSettings):
     tile_label_min_overlap: float = Field(
         0.5, gt=0, le=1, description="A drawn region labels the tiles of which it covers at least this part."
     )
+    patient_field: str = Field(
+        "patient",
+        description="Field of a task that names the slide's patient: slides of one patient are never in both parts of a validation.",
+    )
+    patient_from: Annotated[tuple[Literal["dicom", "tcga"], ...], NoDecode] = Field(
+        (),
+        description="Where else a patient may be taken from, separated by commas: `dicom` (the Patient ID in a slide's file), `tcga` (a barcode such as `TCGA-A1-B2C3` in its name).",
+    )
     train_debounce_n: int = Field(
         5, ge=1, le=10_000, description="Training starts after so many new or changed annotations."
     )
@@ -201,7 +209,7 @@ class Settings(BaseSettings):
         "text", description="`text`, or `json`: one object a line, with the bag or project that is worked on."
     )
 
-    @field_validator("slide_roots", "allowed_hosts", "fsspec_protocols", mode="before")
+    @field_validator("slide_roots", "allowed_hosts", "fsspec_protocols", "patient_from", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

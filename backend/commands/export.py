@@ -99,6 +99,9 @@ def slide_table(
         "bag": Column("text", [slide.key for slide in lesson.slides]),
         # Two slides may share a name. Of a bag of patches, its first image.
         "location": Column("text", [readable(public(slide.ref.locations[0])) for slide in lesson.slides]),
+        "patient": Column(
+            "text", [slide.patient.name if slide.patient is not None else None for slide in lesson.slides]
+        ),
         "annotated": Column("yes_no", [slide.task in lesson.annotated for slide in lesson.slides]),
     }
     for target in lesson.targets:
@@ -136,8 +139,8 @@ def _add(columns: dict[str, Column], more: Mapping[str, Column]) -> None:
 
 def _labels(target: Target, lesson: Lesson) -> dict[str, Column]:
     """What the annotators agree on, how many they are, and how far they agree."""
-    of: dict[int, SlideLabel] = {label.task_id: label for label in lesson.labels.get(target.name, ())}
-    found = [of.get(slide.task) for slide in lesson.slides]
+    of: dict[str, SlideLabel] = {lesson.by_task[x.task_id].key: x for x in lesson.labels.get(target.name, ())}
+    found = [of.get(slide.key) for slide in lesson.slides]
     columns: dict[str, Column] = {}
     if target.multiple:
         for choice in target.labels:

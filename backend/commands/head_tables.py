@@ -11,8 +11,10 @@ from rich.table import Table
 
 from backend.commands.heads import StoredVersions
 from backend.commands.train import Trained
+from backend.learning.figures import class_figures, interval, patients_words, percent
 
 _MEASURED = ("balanced accuracy", "AUROC", "calibration error")
+_OF_CLASS = ("control", "said", "right (precision)", "found (recall)", "prevalence assumed", "among the labelled")
 _EXAMPLES = 3
 _ISSUES_KEPT = 200
 
@@ -26,6 +28,8 @@ ISSUE_WORDS: Mapping[str, str] = {
     "nothing_covered": "drawn regions that cover no tile by enough",
     "no_embedding": "labelled slides without a result",
     "embedding_invalid": "stored embeddings that are not finite",
+    "contradiction": "tasks that show one slide, answered differently by one annotator: the newest is used",
+    "patient_unclear": "patients that are no name: the slide counts as a patient of its own",
     "conflict": "tiles with two labels by one annotator",
 }
 
@@ -39,6 +43,26 @@ def heads_table(heads: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def classes_table(heads: Sequence[Mapping[str, Any]]) -> Table | None:
+    """One row a class that was measured: how many of its calls are right, how many of its slides are found, how frequent it is taken to be."""
+    table = Table(*_OF_CLASS, title="of each class, at the prevalence assumed for it")
+    for head in heads:
+        for found in class_figures(head):
+            assumed = f"{percent(found.assumed)} ({found.source})"
+            figures = (interval(found.precision), interval(found.recall), assumed, percent(found.labelled))
+            table.add_row(escape(str(head["control"])), escape(found.name), *figures)
+    return table if table.row_count else None
+
+
+def patients_lines(heads: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What the validation of each head knew of patients; one line where it is the same for all."""
+    by_words: dict[str, list[str]] = defaultdict(list)
+    for head in heads:
+        by_words[patients_words(head["metrics"])].append(escape(str(head["control"])))
+    for words, controls in by_words.items():
+        yield f"{words[:1].upper()}{words[1:]}." if len(by_words) == 1 else f"{', '.join(controls)}: {words}."
+
+
 def versions_table(stored: StoredVersions) -> Table:
     """The heads of every stored version; a bullet marks the one in use."""
     table = Table("", "version", "trained (UTC)", "control", "level", "labels", *_MEASURED, "calibrated")
@@ -50,6 +74,16 @@ def versions_table(stored: StoredVersions) -> Table:
             first = ["", "", ""]
         table.add_section()
     return table
+
+
+def stored_lines(stored: StoredVersions) -> Iterator[str | Table]:
+    """The heads of every stored version; of those in use also the figures of each class, and what their validation knew of patients."""
+    yield versions_table(stored)
+    heads = next((version.heads for version in stored.versions if version.in_use), ())
+    classes = classes_table(heads)
+    if classes is not None:
+        yield classes
+    yield from patients_lines(heads)
 
 
 def issues_table(issues: Sequence[Mapping[str, Any]]) -> Table:
@@ -71,6 +105,10 @@ def training_lines(trained: Trained) -> Iterator[str | Table]:
     yield f"{escape(trained.title)} (project {trained.project}): {moved}"
     if report.heads:
         yield heads_table(report.heads)
+        classes = classes_table(report.heads)
+        if classes is not None:
+            yield classes
+        yield from patients_lines(report.heads)
     else:
         yield "No heads yet."
     for few in report.too_few:

@@ -11,7 +11,7 @@ from backend.label_studio.services import Services
 from backend.label_studio.teaching import Progress
 from backend.label_studio.trainer import TrainingReport, put_in_use
 
-_TOLD = ("control", "level", "kind", "n_labels", "label_counts", "calibrated", "metrics")
+_TOLD = ("control", "level", "kind", "n_labels", "label_counts", "calibrated", "metrics", "prior_stated")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class StoredVersion:
     """One stored version.
 
     ``usable``: trained on embeddings of the model that is configured now; only such can be in use.
-    ``heads``: control, level, kind, n_labels, label_counts, calibrated and metrics of each.
+    ``heads``: control, level, kind, n_labels, label_counts, calibrated, metrics and prior_stated of each.
     """
 
     version: str

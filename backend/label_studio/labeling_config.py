@@ -1,7 +1,8 @@
 """Which controls a project has, and what each asks of us. Pure: XML in, frozen data out.
 
 Attributes that a control may carry for us: ``model_skip`` (leave it to the annotator), ``model_top_k`` (how many regions),
-``model_score_threshold`` (lowest score of a region), ``model_heatmap`` (``alpha``, ``bands``, or ``classes``: only what a tile head says). Controls are read only if they
+``model_score_threshold`` (lowest score of a region), ``model_prior`` (on a ``Choice``: how frequent it is among the slides, see
+:mod:`backend.learning.prevalence`), ``model_heatmap`` (``alpha``, ``bands``, or ``classes``: only what a tile head says). Controls are read only if they
 label the image; controls for single regions or pages (``perRegion``, ``perItem``) belong to the annotator.
 """
 
@@ -65,6 +66,7 @@ class Control:
     """One control that this backend can fill or learn from.
 
     ``labels`` are in the order of the config; empty for Number, Rating and TextArea. ``multiple``: several choices may be made.
+    ``priors``: how frequent choices are, of those that say it.
     """
 
     kind: Kind
@@ -77,6 +79,7 @@ class Control:
     heatmap: Heatmap | None = None
     smart: bool = False
     multiple: bool = False
+    priors: tuple[tuple[str, float], ...] = ()
 
     @property
     def region_type(self) -> str:
@@ -219,6 +222,7 @@ def _controls(root: ET.Element, images: Mapping[str, ImageObject]) -> Iterator[C
         for_parts = "true" in (attributes.get("perregion", "").lower(), attributes.get("peritem", "").lower())
         if kind is None or not name or to_name is None or for_parts:
             continue
+        multiple = kind == "Choices" and attributes.get("choice", "single").startswith("multiple")
         control = Control(
             kind=kind,
             name=name,
@@ -229,7 +233,8 @@ def _controls(root: ET.Element, images: Mapping[str, ImageObject]) -> Iterator[C
             score_threshold=_score_threshold(attributes, name),
             heatmap=_heatmap(attributes, name, kind),
             smart=_flag(attributes, name, "smart"),
-            multiple=kind == "Choices" and attributes.get("choice", "single").startswith("multiple"),
+            multiple=multiple,
+            priors=_priors(element, name, kind, multiple=multiple),
         )
         _check_labels(control)
         yield control
@@ -243,6 +248,32 @@ def _labels(element: ET.Element) -> tuple[str, ...]:
     """What a region states for each ``<Label>`` or ``<Choice>``: its alias if it has one, else its value."""
     children = (_attributes(child) for child in element.iter() if child.tag.lower() in ("label", "choice"))
     return tuple(value for child in children if (value := child.get("alias") or child.get("value")))
+
+
+def _priors(element: ET.Element, control: str, kind: Kind, *, multiple: bool) -> tuple[tuple[str, float], ...]:
+    """How frequent the project says that choices are: each in (0, 1), and of a single choice 1 together."""
+    found: list[tuple[str, float]] = []
+    children = [_attributes(child) for child in element.iter() if child.tag.lower() in ("label", "choice")]
+    for child in children:
+        text, name = child.get("model_prior"), child.get("alias") or child.get("value")
+        if text is None or not name:
+            continue
+        if kind != "Choices":
+            raise _bad(control, "model_prior", text, "left out: it belongs on a Choice")
+        try:
+            prior = float(text)
+        except ValueError:
+            prior = math.nan
+        if not 0 < prior < 1:
+            raise _bad(control, "model_prior", text, "a number between 0 and 1, such as 0.05 for one slide in twenty")
+        found.append((name, prior))
+    total = sum(prior for _, prior in found)
+    if not multiple and found and (total > 1.01 or (len(found) == len(children) and total < 0.99)):
+        raise LabelConfigUnsupported(
+            f"The model_prior of the choices of '{control}' sum to {total:.4g}, not to 1.",
+            hint="State how frequent each choice is among the slides; leave it out for the rest, which share what is left.",
+        )
+    return tuple(found)
 
 
 def _check_labels(control: Control) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from backend.errors import HeadMismatch
 from backend.label_studio.labeling_config import HEAD_KINDS, Control, LabelingConfig
+from backend.learning.figures import suggestion_words
 from backend.learning.heads import Float32Array, Head, predict, tile_probabilities
 from backend.learning.registry import HeadSet
 from backend.learning.snapshot import Neighbour
@@ -26,13 +27,15 @@ Value = str | float | tuple[str, ...]
 class HeadSuggestion:
     """What a head says of a slide, with its confidence in [0, 1].
 
-    ``value``: a choice, several choices, or a number. ``probabilities``: of each choice, the most probable first; empty for numbers.
+    ``value``: a choice, several choices, or a number. ``probabilities``: of each choice, the most probable first; empty for numbers. ``notes``: sentences
+    on how often such a suggestion is right.
     """
 
     control: str
     value: Value
     confidence: float
     probabilities: tuple[tuple[str, float], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +113,8 @@ def learnt_of(
         if output.probabilities is not None:
             order = np.argsort(-output.probabilities[0], kind="stable")
             p = tuple((head.classes[k], float(output.probabilities[0, k])) for k in order)
-        said = HeadSuggestion(head.control, output.values[0], float(output.confidence[0]), p)
+        notes = tuple(suggestion_words(vars(head), output.values[0]))
+        said = HeadSuggestion(head.control, output.values[0], float(output.confidence[0]), p, notes)
         control = config.control(head.control)
         if control is not None and _offers(control, said.value):
             suggestions.append(said)

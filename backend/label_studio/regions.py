@@ -131,7 +131,7 @@ def predict_regions(
         elif box is not None:
             continue
         elif control.kind == "TextArea":
-            text = summary_text(result, model_version, learnt.similar)
+            text = summary_text(result, model_version, learnt.similar, learnt.suggestions)
             made = [{"value": {"text": [text]}, "readonly": True}]
         else:
             made = suggested(control, learnt)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backend.learning.snapshot import Neighbour
+from backend.label_studio.learnt import HeadSuggestion
+from backend.learning.figures import percent
+from backend.learning.snapshot import Neighbour, words
 from backend.results.bag import BagResult, MppSource
 from backend.results.ranks import hottest_first
 
@@ -20,9 +22,14 @@ _MPP_SOURCES: dict[MppSource, str] = {
 }
 
 
-def summary_text(result: BagResult, model_version: str, similar: Sequence[Neighbour] = ()) -> str:
-    """Lines of plain text: what was analysed, how concentrated attention is, which labelled slides are alike, which model, and what it is
-    not for."""
+def summary_text(
+    result: BagResult,
+    model_version: str,
+    similar: Sequence[Neighbour] = (),
+    suggestions: Sequence[HeadSuggestion] = (),
+) -> str:
+    """Lines of plain text: what was analysed, how concentrated attention is, what is suggested and how often that is right, which labelled slides are
+    alike, which model, and what it is not for."""
     bag, n = result.bag, len(result.bag)
     attention = result.mean_attention[hottest_first(result.mean_attention)]
     if bag.kind == "patches":
@@ -43,8 +50,14 @@ def summary_text(result: BagResult, model_version: str, similar: Sequence[Neighb
     elif n > 1:
         share, even = float(attention[0]), 1 / n
         lines.append(f"The {one} with the highest attention holds {share:.1%} of it ({even:.1%} if spread evenly).")
+    for said in suggestions:
+        lines.append(f"Suggested for '{said.control}': {words(said.value)}, {percent(said.confidence)} sure.")
+        lines += said.notes
     if similar:
-        told = "; ".join(f"{s.name} ({s.label}, {s.similarity:.2f})" for s in similar[:_SIMILAR])
+        told = "; ".join(
+            f"{s.name} ({s.label}, {s.similarity:.2f}{', same patient' if s.same_patient else ''})"
+            for s in similar[:_SIMILAR]
+        )
         lines.append(f"Labelled slides most like it (cosine): {told}.")
     lines.append(f"Model: {model_version}.")
     if result.provenance.get("stand_in"):

@@ -16,6 +16,7 @@ from backend.errors import BackendError, DownloadFailed, RequestInvalid, ResultD
 from backend.label_studio import rle
 from backend.label_studio.answers import slide_ref
 from backend.label_studio.labeling_config import HEAD_KINDS, LabelingConfig
+from backend.label_studio.patients import Patient, PatientField, PatientLookup
 from backend.label_studio.services import Services
 from backend.learning.heads import Float32Array
 from backend.learning.labels import (
@@ -27,6 +28,7 @@ from backend.learning.labels import (
     Target,
     TargetKind,
     human_regions,
+    one_for_each_slide,
     read_annotations,
     slide_labels,
 )
@@ -45,13 +47,15 @@ _EMBEDDINGS_KEPT = 50_000
 
 @dataclass(frozen=True)
 class Slide:
-    """A task whose slide has an embedding: ``row`` in :attr:`Lesson.embeddings`, Label Studio's ``task`` and its ``data``."""
+    """A task whose slide has an embedding: ``row`` in :attr:`Lesson.embeddings`, Label Studio's ``task`` and its ``data``, and whose slide it is
+    (``None`` where nothing says so)."""
 
     row: int
     task: int
     data: Mapping[str, Any]
     key: str
     ref: SlideRef
+    patient: Patient | None = None
 
     @property
     def name(self) -> str:
@@ -68,9 +72,10 @@ class Lesson:
     slides, embeddings
         N slides, and float32 (N, D) in their order.
     labels
-        By the name of a control for whole slides, what annotators agree on, of tasks with an embedding only.
+        By the name of a control for whole slides, what annotators agree on, of tasks with an embedding only; of several tasks that show one slide under
+        the first.
     tiles
-        By the name of a control for regions, the labelled tiles of each slide.
+        By the name of a control for regions, the labelled tiles of each slide, likewise.
     annotated
         Tasks that somebody has annotated and not skipped.
     issues
@@ -94,11 +99,24 @@ class Lesson:
         """Annotated tasks whose slide, result or embedding is not there."""
         return self.annotated & {issue.task_id for issue in self.issues if issue.code == "no_embedding"}
 
+    @property
+    def distinct(self) -> list[int]:
+        """Rows of different slides: the first of those that show the same one."""
+        first: dict[str, int] = {}
+        for slide in self.slides:
+            first.setdefault(slide.key, slide.row)
+        return list(first.values())
+
     def digest(self, fingerprint: str) -> str:
         """What the heads depend on: the same digest, the same heads."""
         controls = {
-            t.name: [t.kind, list(t.labels), t.multiple] for t in self.targets if t.name in {*self.labels, *self.tiles}
+            t.name: [t.kind, list(t.labels), t.multiple, [list(prior) for prior in t.priors]]
+            for t in self.targets
+            if t.name in {*self.labels, *self.tiles}
         }
+        taught = [self.by_task[x.task_id] for found in self.labels.values() for x in found]
+        taught += [slide for found in self.tiles.values() for slide, _ in found]
+        patients = {slide.key: slide.patient.key for slide in taught if slide.patient is not None}
         said = {
             name: sorted(
                 [self.by_task[x.task_id].key, dict(x.value) if isinstance(x.value, Mapping) else x.value] for x in found
@@ -109,7 +127,8 @@ class Lesson:
             name: sorted([slide.key, x.tiles.tolist(), list(x.labels)] for slide, x in found)
             for name, found in self.tiles.items()
         }
-        return digest({"fingerprint": fingerprint, "controls": controls, "slides": said, "tiles": drawn})
+        about = {"fingerprint": fingerprint, "controls": controls, "patients": patients}
+        return digest({**about, "slides": said, "tiles": drawn})
 
 
 def targets_of(config: LabelingConfig) -> tuple[Target, ...]:
@@ -118,7 +137,7 @@ def targets_of(config: LabelingConfig) -> tuple[Target, ...]:
     for control in config.controls:
         kind = cast(TargetKind, control.kind)
         if control.kind in HEAD_KINDS and kind in SLIDE_KINDS and not control.skip:
-            found.append(Target(control.name, kind, control.labels, control.multiple))
+            found.append(Target(control.name, kind, control.labels, control.multiple, control.priors))
         elif kind in TILE_KINDS and len(control.labels) > 1:
             found.append(Target(control.name, kind, control.labels))  # model_skip or not: people draw with it
     return tuple(found)
@@ -129,6 +148,7 @@ class Teacher:
 
     def __init__(self, services: Services) -> None:
         self._services = services
+        self._patients = PatientLookup(services.settings)
         self._embeddings: dict[str, Float32Array] = {}
         self._lock = threading.Lock()
 
@@ -149,7 +169,9 @@ class Teacher:
         annotated = frozenset(a.task_id for a in annotations)
         slides, embeddings, missing = self._slides(client.tasks(project), config, annotated, progress, issues)
         by_task = {slide.task: slide for slide in slides}
-        here = [a for a in annotations if a.task_id in by_task]
+        here = one_for_each_slide(
+            (a for a in annotations if a.task_id in by_task), {slide.task: slide.key for slide in slides}
+        )
         for task in sorted(annotated - set(by_task)):
             issues.append(Issue("no_embedding", task, missing.get(task, "its slide has no result yet")))
         labels: dict[str, list[SlideLabel]] = {}
@@ -192,7 +214,10 @@ class Teacher:
                         raise found
                     missing[task] = found.message
                     continue
-                ref, key, embedding = found
+                ref, key, embedding, patient = found
+                if isinstance(patient, PatientField):
+                    issues.append(Issue("patient_unclear", task, str(patient)))
+                    patient = None
                 if embedding is None:
                     missing[task] = "its slide has no result yet"
                 elif rows and embedding.shape != rows[0].shape:
@@ -202,7 +227,7 @@ class Teacher:
                     issues.append(Issue("embedding_invalid", task, problem))
                     missing[task] = problem
                 else:
-                    slides.append(Slide(len(rows), task, data, key, ref))
+                    slides.append(Slide(len(rows), task, data, key, ref, patient))
                     rows.append(embedding)
         finally:
             pool.shutdown(cancel_futures=True)
@@ -210,11 +235,15 @@ class Teacher:
 
     def _locate(
         self, data: Mapping[str, Any], config: LabelingConfig
-    ) -> tuple[SlideRef, str, Float32Array | None] | BackendError:
+    ) -> tuple[SlideRef, str, Float32Array | None, Patient | PatientField | None] | BackendError:
         try:
             ref = slide_ref(self._services, config, data)
             key = self._services.key(ref)
-            return ref, key, self._embedding(key)
+            try:
+                patient: Patient | PatientField | None = self._patients.of(data, ref)
+            except PatientField as problem:
+                patient = problem
+            return ref, key, self._embedding(key), patient
         except BackendError as error:
             return error
         except UnicodeError as error:
@@ -262,16 +291,18 @@ class Teacher:
                 found[entry.control].append((slide, entry))
         return dict(found)
 
-    def labelled_tiles(self, entries: Sequence[tuple[Slide, TileLabels]]) -> Iterator[LabelledTiles]:
-        """The latents of labelled tiles, slide by slide: one slide's are in memory at a time.
+    def labelled_tiles(
+        self, entries: Sequence[tuple[Slide, TileLabels]], groups: Sequence[int]
+    ) -> Iterator[LabelledTiles]:
+        """The latents of labelled tiles, slide by slide: one slide's are in memory at a time. ``groups`` has the number of each slide's patient.
 
         Raises
         ------
         ResultDamaged
             A result has gone since the lesson was read: what is left is not what the lesson's digest says, so the lesson is to be read anew.
         """
-        for slide, entry in entries:
+        for (slide, entry), group in zip(entries, groups, strict=True):
             result = self._services.store.get(slide.key)
             if result is None:
                 raise ResultDamaged(f"The stored result of {slide.name} is damaged, or has just been deleted.")
-            yield LabelledTiles(slide.name, result.latents[entry.tiles], entry.labels)
+            yield LabelledTiles(slide.name, result.latents[entry.tiles], entry.labels, group)

@@ -6,7 +6,8 @@ Everything works on stored embeddings, so that it takes seconds. Each step can b
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import lru_cache
@@ -18,6 +19,7 @@ from redis import Redis
 from backend.errors import HeadDamaged
 from backend.jobs.queue import WaitingTask
 from backend.label_studio.api_errors import TaskGone
+from backend.label_studio.fitting import fit_target
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
 from backend.label_studio.learnt import slide_heads
 from backend.label_studio.publisher import services_of
@@ -25,11 +27,8 @@ from backend.label_studio.services import Services
 from backend.label_studio.teaching import Lesson, Progress, Teacher
 from backend.learning.acquisition import choice_like, labelling_order
 from backend.learning.heads import Float64Array, Head, predict
-from backend.learning.labels import TILE_KINDS, SlideLabel, Target
 from backend.learning.registry import HeadSet
 from backend.learning.snapshot import ProjectSnapshot, words, write_snapshot
-from backend.learning.tile_training import fit_tile_head
-from backend.learning.training import TooFewLabels, fit_choice_head, fit_choices_head, fit_number_head
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class TrainingReport:
     version, previous
         The project's model version now and before.
     heads
-        The heads in use: control, level, kind, n_labels, label_counts, calibrated, metrics.
+        The heads in use: control, level, kind, n_labels, label_counts, calibrated, metrics, prior_stated.
     too_few
         What other controls still need, see :meth:`TooFewLabels.as_dict`.
     issues
@@ -240,7 +239,7 @@ def _heads(
     too_few: list[dict[str, Any]] = []
     progress("fit", 0, len(lesson.targets))
     for done, target in enumerate(lesson.targets, start=1):
-        fitted = _fit(services, lesson, target, teacher)
+        fitted = fit_target(services, lesson, target, teacher)
         if isinstance(fitted, Head):
             heads.append(fitted)
         elif fitted is not None:
@@ -260,30 +259,6 @@ def _heads(
         registry.retire(project)
         log.info("project=%d has too few labels left: its heads are not used any more", project)
     return None, too_few
-
-
-def _fit(services: Services, lesson: Lesson, target: Target, teacher: Teacher) -> Head | TooFewLabels | None:
-    fingerprint, least = services.model.fingerprint, services.settings.train_min_labels
-    if target.kind in TILE_KINDS:
-        entries = lesson.tiles.get(target.name)
-        if not entries:
-            return None  # nobody has drawn with it: nothing is missing either
-        pieces = teacher.labelled_tiles(entries)
-        return fit_tile_head(target.name, target.labels, pieces, fingerprint=fingerprint)
-    labels: Sequence[SlideLabel] = lesson.labels.get(target.name, ())
-    slides = [lesson.by_task[label.task_id] for label in labels]
-    x = lesson.embeddings[[slide.row for slide in slides]]
-    common: dict[str, Any] = {
-        "fingerprint": fingerprint,
-        "names": [slide.name for slide in slides],
-        "background": lesson.embeddings if len(lesson.embeddings) else None,
-        "min_labels": least,
-    }
-    values: list[Any] = [label.value for label in labels]
-    if target.kind != "Choices":
-        return fit_number_head(target.name, x, values, rating=target.kind == "Rating", **common)
-    fit: Callable[..., Head | TooFewLabels] = fit_choices_head if target.multiple else fit_choice_head
-    return fit(target.name, target.labels, x, values, **common)
 
 
 # --- scoring --------------------------------------------------------------------------------------------------------
@@ -306,15 +281,18 @@ def _snapshot(
         if index == 0:
             suggestions = [words(value) for value in output.values]
             uncertain = choice_like(head, output)
-    said: list[dict[str, Any]] = [{} for _ in lesson.slides]
+    of_slide: dict[str, dict[str, Any]] = defaultdict(dict)
     for name, labels in lesson.labels.items():
         for label in labels:
             value = dict(label.value) if isinstance(label.value, Mapping) else label.value
-            said[lesson.by_task[label.task_id].row][name] = value
-    annotated = np.array([slide.task in lesson.annotated for slide in lesson.slides], dtype=np.bool_)
+            of_slide[lesson.by_task[label.task_id].key][name] = value
+    # What was said of a slide in one task is said of it in every task that shows it.
+    said = [dict(of_slide.get(slide.key, {})) for slide in lesson.slides]
+    done = {slide.key for slide in lesson.slides if slide.task in lesson.annotated}
+    annotated = np.array([slide.key in done for slide in lesson.slides], dtype=np.bool_)
     names = [slide.name for slide in lesson.slides]
     order = labelling_order(lesson.embeddings, annotated, uncertain, names=names)
-    labelled = np.array([row for row, values in enumerate(said) if values], dtype=np.int64)
+    labelled = np.array([row for row in lesson.distinct if said[row]], dtype=np.int64)
     about = {
         "version": heads.version if heads is not None else services.model.model_version,
         "fingerprint": services.model.fingerprint,
@@ -337,6 +315,7 @@ def _snapshot(
         cluster=order.cluster,
         labelled=labelled,
         embeddings=lesson.embeddings[labelled],
+        patients=tuple(slide.patient.key if slide.patient is not None else "" for slide in lesson.slides),
     )
 
 
@@ -349,6 +328,7 @@ def _about(head: Head) -> dict[str, Any]:
         "label_counts": dict(head.label_counts),
         "calibrated": head.calibrated,
         "metrics": dict(head.metrics),
+        "prior_stated": list(head.prior_stated),
     }
 
 

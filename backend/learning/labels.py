@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ IssueCode = Literal[
     "nothing_covered",  # a region covers no tile by enough
     "no_embedding",  # the slide has no result: not analysed yet, or its analysis failed
     "embedding_invalid",  # its stored embedding is not finite
+    "contradiction",  # one annotator answered differently in two tasks that show one slide
+    "patient_unclear",  # the task's field for the patient holds no name
     "conflict",  # tiles that one annotator covered equally with two labels
 ]
 
@@ -45,12 +47,15 @@ class Target:
         The choices or labels that the config has now, in its order; empty for Number and Rating.
     multiple
         ``Choices`` only: several may be chosen, so each is a yes or no of its own.
+    priors
+        ``Choices`` only: how frequent the project says that a choice is, for those of which it does.
     """
 
     name: str
     kind: TargetKind
     labels: tuple[str, ...] = ()
     multiple: bool = False
+    priors: tuple[tuple[str, float], ...] = ()
 
     @property
     def key(self) -> str:
@@ -81,13 +86,15 @@ class Issue:
 
 @dataclass(frozen=True)
 class Annotation:
-    """One submitted annotation. ``annotator`` is who made it; ``results`` are its result items as Label Studio wrote them."""
+    """One submitted annotation. ``annotator`` is who made it; ``results`` are its result items as Label Studio wrote them; ``tasks`` are all
+    that it comes from where several tasks show one slide, see :func:`one_for_each_slide`."""
 
     id: int
     task_id: int
     annotator: str
     updated_at: str
     results: tuple[Mapping[str, Any], ...]
+    tasks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,33 @@ def newest_of_each(annotations: Iterable[Annotation]) -> list[Annotation]:
     return list(newest.values())
 
 
+def one_for_each_slide(annotations: Iterable[Annotation], slide_of: Mapping[int, object]) -> list[Annotation]:
+    """The annotations of tasks that show one slide as those of the first of these tasks: a slide counts once.
+
+    What one annotator said in several of them is one annotation, with the newest last.
+
+    Parameters
+    ----------
+    annotations
+        As :func:`read_annotations` gives.
+    slide_of
+        What each of their tasks shows.
+    """
+    first: dict[object, int] = {}
+    for task, slide in slide_of.items():
+        first[slide] = min(task, first.get(slide, task))
+    parts: dict[tuple[int, str], list[Annotation]] = defaultdict(list)
+    for annotation in annotations:
+        parts[first[slide_of[annotation.task_id]], annotation.annotator].append(annotation)
+    found = []
+    for (task, _), said in parts.items():
+        said.sort(key=lambda annotation: (annotation.updated_at, annotation.id))
+        results = tuple(item for annotation in said for item in annotation.results)
+        tasks = tuple(sorted({annotation.task_id for annotation in said}))
+        found.append(replace(said[-1], task_id=task, results=results, tasks=tasks))
+    return found
+
+
 def slide_labels(
     annotations: Sequence[Annotation], target: Target, *, accept_suggestions: bool = True
 ) -> tuple[list[SlideLabel], list[Issue]]:
@@ -184,14 +218,16 @@ def slide_labels(
     if target.kind not in SLIDE_KINDS:
         raise ValueError(f"{target.kind} '{target.name}' labels regions, not slides")
     votes: dict[int, list[frozenset[str] | float]] = defaultdict(list)
+    tasks: dict[int, set[int]] = defaultdict(set)
     issues: list[Issue] = []
     for annotation in annotations:
         answer = _answer(annotation, target, accept_suggestions, issues)
         if answer is not None:
             votes[annotation.task_id].append(answer)
+            tasks[annotation.task_id].update(annotation.tasks)
     labels: list[SlideLabel] = []
     for task_id in sorted(votes):
-        label = _agreed(task_id, votes[task_id], target, issues)
+        label = _agreed(task_id, votes[task_id], target, issues, _together(tasks[task_id]))
         if label is not None:
             labels.append(label)
     return labels, issues
@@ -238,6 +274,8 @@ def _answer(
     ]
     if not mine:
         return None
+    if any(item.get("value") != mine[-1].get("value") for item in mine[:-1]) and len(annotation.tasks) > 1:
+        problem("contradiction", f"{annotation.annotator} said something else before{_together(annotation.tasks)}")
     item = mine[-1]
     value = item.get("value")
     said = value.get(target.key) if isinstance(value, Mapping) else None
@@ -267,10 +305,10 @@ def _answer(
 
 
 def _agreed(
-    task_id: int, votes: Sequence[frozenset[str] | float], target: Target, issues: list[Issue]
+    task_id: int, votes: Sequence[frozenset[str] | float], target: Target, issues: list[Issue], together: str
 ) -> SlideLabel | None:
     def problem(code: IssueCode, detail: str) -> None:
-        issues.append(Issue(code, task_id, detail, target.name))
+        issues.append(Issue(code, task_id, detail + together, target.name))
 
     if target.kind != "Choices":
         numbers = [vote for vote in votes if isinstance(vote, float)]
@@ -301,6 +339,10 @@ def _agreed(
             return None
         problem("disagreement", told)
     return SlideLabel(task_id, counts[0][0], len(sets), counts[0][1] / len(sets))
+
+
+def _together(tasks: Collection[int]) -> str:
+    return f" (tasks {', '.join(map(str, sorted(tasks)))} show one slide)" if len(tasks) > 1 else ""
 
 
 def _is_id(value: object) -> bool:

@@ -145,7 +145,9 @@ def _procedure(
         unseen = [(_logits(x[test], *_solve(x[train], y[train], k, penalty)), y[test]) for train, test in folds]
     temperature, bias = 1.0, np.zeros(k)
     if calibrate and unseen:
-        temperature, bias = _calibrate(np.concatenate([z for z, _ in unseen]), np.concatenate([t for _, t in unseen]), k)
+        temperature, bias = _calibrate(
+            np.concatenate([z for z, _ in unseen]), np.concatenate([t for _, t in unseen]), k
+        )
     coef, intercept = _solve(x, y, k, penalty)
     return _Model(coef, intercept, temperature, bias, penalty)
 
@@ -159,7 +161,9 @@ def _solve(x: Features, y: Int64Array, k: int, c: float) -> tuple[Float64Array, 
     return next(_path(x, y, k, (c,)))
 
 
-def _path(x: Features, y: Int64Array, k: int, penalties: Sequence[float]) -> Iterator[tuple[Float64Array, Float64Array]]:
+def _path(
+    x: Features, y: Int64Array, k: int, penalties: Sequence[float]
+) -> Iterator[tuple[Float64Array, Float64Array]]:
     """:func:`_solve` for each of ``penalties``, each starting from the one before."""
     from sklearn.linear_model import LogisticRegression
 

@@ -42,4 +42,3 @@ def class_prior(classes: Sequence[str], counts: Mapping[str, int], stated: Mappi
         # Stated ones that sum to 1 leave nothing for a class that has been seen all the same: it keeps a trace.
         values += max(1 - sum(stated.values()), 1e-3) * others / others.sum()
     return np.asarray(values / values.sum(), dtype=np.float64)
-

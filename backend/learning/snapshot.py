@@ -31,6 +31,7 @@ from backend.learning.heads import AnyFloatArray, Float32Array, Float64Array
 
 FILE_NAME = "slides.npz"
 _FORMAT = 1
+_TEXTS = ("keys", "names", "labels", "suggestions", "patients")
 _ARRAYS = ("tasks", "confidence", "priority", "novelty", "cluster", "labelled", "embeddings")
 
 _HIDDEN = re.compile(rf"\.{re.escape(FILE_NAME)}\.[0-9a-f]{{32}}")
@@ -55,13 +56,15 @@ Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A labelled slide that is like another: its task, bag key, name, label in words, and the cosine of the embeddings in [-1, 1]."""
+    """A labelled slide that is like another: its task, bag key, name, label in words, the cosine of the embeddings in [-1, 1], and whether it is known to be
+    of the same patient."""
 
     task: int
     key: str
     name: str
     label: str
     similarity: float
+    same_patient: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,8 @@ class ProjectSnapshot:
         int64 (L,): the rows with a label.
     embeddings
         float32 (L, D): theirs.
+    patients
+        N hashes, the same for slides of one patient, '' where none is known; empty in snapshots of earlier releases.
     """
 
     about: Mapping[str, Any]
@@ -106,10 +111,11 @@ class ProjectSnapshot:
     cluster: Int64Array
     labelled: Int64Array
     embeddings: Float32Array = field(repr=False)
+    patients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         n = len(self.tasks)
-        texts = (self.keys, self.names, self.labels, self.suggestions)
+        texts = (self.keys, self.names, self.labels, self.suggestions, self.patients or self.keys)
         arrays = (self.confidence, self.priority, self.novelty, self.cluster)
         if any(len(part) != n for part in (*texts, *arrays)) or len(self.embeddings) != len(self.labelled):
             raise ValueError(f"the parts of a snapshot of {n} slides differ in length")
@@ -138,12 +144,17 @@ class ProjectSnapshot:
         others = np.array([i for i, row in enumerate(self.labelled) if self.keys[row] != key], dtype=np.int64)
         if not len(others) or embedding.shape != self.embeddings.shape[1:]:
             return []
+        own = self.row_of_key.get(key)
+        patient = self.patients[own] if own is not None and self.patients else ""
         rows, cosine = nearest_labelled(embedding, self.embeddings[others], k=k)
         found = []
         for i, similarity in zip(rows.tolist(), cosine.tolist(), strict=True):
             row = int(self.labelled[others[i]])
             text = self.label_text(row)
-            found.append(Neighbour(int(self.tasks[row]), self.keys[row], self.names[row], text, float(similarity)))
+            same = bool(patient) and self.patients[row] == patient
+            found.append(
+                Neighbour(int(self.tasks[row]), self.keys[row], self.names[row], text, float(similarity), same)
+            )
         return found
 
 
@@ -164,8 +175,7 @@ def write_snapshot(snapshot: ProjectSnapshot, path: Path) -> None:
     StoreUnavailable
         The disk is full, or may not be written to; what was there still is.
     """
-    names = ("keys", "names", "labels", "suggestions")
-    texts = {name: [dict(v) if isinstance(v, Mapping) else v for v in getattr(snapshot, name)] for name in names}
+    texts = {name: [dict(v) if isinstance(v, Mapping) else v for v in getattr(snapshot, name)] for name in _TEXTS}
     head = json.dumps({"format": _FORMAT, "about": dict(snapshot.about), **texts})
     hidden = path.with_name(f".{FILE_NAME}.{uuid.uuid4().hex}")
     with disk(_name(path)):
@@ -208,7 +218,9 @@ def read_snapshot(path: Path) -> ProjectSnapshot | None:
             head = json.loads(file["head"].tobytes().decode())
             if head["format"] != _FORMAT:
                 raise ValueError(f"format {head['format']}, this release reads {_FORMAT}")
-            texts: dict[str, Any] = {name: tuple(head[name]) for name in ("keys", "names", "labels", "suggestions")}
+            texts: dict[str, Any] = {
+                name: tuple(head.get(name, ())) if name == "patients" else tuple(head[name]) for name in _TEXTS
+            }
             arrays: dict[str, Any] = {name: file[name] for name in _ARRAYS}
             return ProjectSnapshot(about=head["about"], **texts, **arrays)
     except FileNotFoundError:

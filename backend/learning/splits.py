@@ -119,7 +119,9 @@ def class_folds(
         train_rows = np.sort(np.concatenate([rows[train], beside]))
         if len(np.unique(y[train_rows])) >= 2:
             folds.append((train_rows, rows[test]))
-    return (folds, "") if len(folds) >= 2 else ([], f"measured once there are labels of more {_MUST_NOT_BE_PARTED[level]}")
+    return (
+        (folds, "") if len(folds) >= 2 else ([], f"measured once there are labels of more {_MUST_NOT_BE_PARTED[level]}")
+    )
 
 
 def number_folds(n: int, groups: Int64Array | None, n_folds: int, seed: int) -> list[Fold]:

@@ -18,6 +18,7 @@ import numpy as np
 
 from backend.errors import BackendError
 from backend.label_studio.services import Services
+from backend.learning.figures import class_figures, suggestion_words
 from backend.learning.heads import Float32Array, Head, predict
 from backend.learning.snapshot import Neighbour, ProjectSnapshot
 from backend.results.bag import SLIDE_REF, BagResult
@@ -102,6 +103,7 @@ class LearntExtras:
             "name": neighbour.name,
             "label": neighbour.label,
             "similarity": round(neighbour.similarity, 4),
+            "same_patient": neighbour.same_patient,
             "panel": "",
             "picture": "",
         }
@@ -147,11 +149,14 @@ def suggestion_json(head: Head, embedding: Float32Array) -> dict[str, Any]:
         The stored embedding is not finite, or of another length than the head takes.
     """
     output = predict(head, embedding[None, :])
+    about = vars(head)
+    figures = {found.name: found.as_dict() for found in class_figures(about)}
     choices: list[dict[str, Any]] = []
     if output.probabilities is not None:
         p = output.probabilities[0]
         choices = [
-            {"label": head.classes[k], "confidence": float(p[k])} for k in np.argsort(-p, kind="stable").tolist()
+            {"label": head.classes[k], "confidence": float(p[k]), "figures": figures.get(head.classes[k])}
+            for k in np.argsort(-p, kind="stable").tolist()
         ]
     value = output.values[0]
     return {
@@ -163,4 +168,5 @@ def suggestion_json(head: Head, embedding: Float32Array) -> dict[str, Any]:
         "tolerance": None if head.classes else head.tolerance,
         "calibrated": head.calibrated,
         "labels": head.n_labels,
+        "notes": suggestion_words(about, output.values[0]),
     }

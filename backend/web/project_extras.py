@@ -10,6 +10,7 @@ from typing import Any
 
 from backend.errors import BackendError, StoreUnavailable
 from backend.label_studio.services import Services
+from backend.learning.figures import class_figures, patients_words
 from backend.learning.heads import HeadKind
 from backend.learning.registry import VersionInfo
 
@@ -66,10 +67,11 @@ class ProjectLearning:
             The project's model version.
         ``heads``
             In use: ``control``, ``level``, ``kind``, ``classes``, ``labels`` (how many it learnt from), ``calibrated``, ``metric``, ``score``, ``low``,
-            ``high`` (all ``None`` if not measured), ``mae`` (of numbers), ``reason`` (why it was not measured).
+            ``high`` (all ``None`` if not measured), ``mae`` (of numbers), ``reason`` (why it was not measured), ``patients`` (what the validation knew of them, in
+            words), ``figures`` (of each measured class, see :class:`~backend.learning.figures.ClassFigures`).
         ``curve``
             Measured heads of all versions, oldest first: ``labelled``, ``score``, ``low``, ``high``, ``metric``, ``chance`` (what guessing would
-            score), ``model_version``, ``control``, ``level``.
+            score), ``model_version``, ``control``, ``level``, ``patients`` (as for the heads).
         ``too_few``
             What the other controls still need, in words.
         ``training``
@@ -97,6 +99,8 @@ class ProjectLearning:
                 "labels": head.n_labels,
                 "calibrated": head.calibrated,
                 "reason": str(head.metrics.get("reason", "")),
+                "patients": patients_words(head.metrics),
+                "figures": [found.as_dict() for found in class_figures(vars(head))],
                 "mae": (head.metrics.get("mae") or [None])[0],
                 **_headline_json(headline(head.kind, head.metrics)),
             }
@@ -171,6 +175,7 @@ def _point(info: VersionInfo, entry: Mapping[str, Any]) -> dict[str, Any] | None
         "model_version": info.version,
         "control": str(entry["control"]),
         "level": str(entry["level"]),
+        "patients": patients_words(entry["metrics"]),
     }
 
 

@@ -22,6 +22,7 @@ function group(said, named) {
   const made = element("section", { "aria-label": said.control });
   if (named) made.append(element("h3", { text: said.control }));
   made.append(said.choices.length ? choices(said) : value(said));
+  for (const note of said.notes ?? []) made.append(element("p", { class: "quiet small", text: note }));
   const from = `Confidence from ${number(said.labels)} labelled slides${said.calibrated || !said.choices.length ? "" : ", not calibrated yet"}.`;
   made.append(element("p", { class: "quiet small", text: from }));
   return made;
@@ -29,9 +30,9 @@ function group(said, named) {
 
 function choices({ choices: all, kind, value: chosen }) {
   const shown = all.slice(0, MOST_CHOICES);
-  const rows = shown.map(({ label, confidence }) => {
+  const rows = shown.map(({ label, confidence, figures }) => {
     const said = kind === "choices" ? chosen.includes(label) : label === chosen;
-    return element("li", { class: said ? "said" : null },
+    return element("li", { class: said ? "said" : null, title: figures ? told(figures) : null },
       element("span", { class: "label", text: label }),
       element("span", { class: "sure", text: sure(confidence) }),
       element("meter", { min: 0, max: 1, value: confidence, "aria-label": `Confidence in ${label}` }));
@@ -39,6 +40,15 @@ function choices({ choices: all, kind, value: chosen }) {
   const rest = all.length - shown.length;
   if (rest) rows.push(element("li", { class: "quiet small", text: `and ${number(rest)} less likely` }));
   return element("ul", {}, ...rows);
+}
+
+const percent = (part) => `${Number((100 * part).toPrecision(part < 0.01 ? 1 : 2))} %`;
+
+function told({ precision, recall, assumed, source }) {
+  const parts = [`Prevalence ${percent(assumed)}, ${source}`];
+  if (precision) parts.push(`${percent(precision[0])} of those called so are right (precision)`);
+  if (recall) parts.push(`${percent(recall[0])} of those that are so are called so (recall)`);
+  return parts.join("; ");
 }
 
 function value({ kind, value: said, confidence, tolerance }) {
@@ -51,15 +61,16 @@ function value({ kind, value: said, confidence, tolerance }) {
     element("span", { class: "quiet small", text: near })));
 }
 
-function neighbour({ name, label, similarity, panel, picture }) {
+function neighbour({ name, label, similarity, same_patient: same, panel, picture }) {
   const image = element("img", { src: picture || null, alt: "", width: 56, height: 56, loading: "lazy" });
   // A slide that cannot be read (any more) is still worth naming.
   image.addEventListener("error", () => image.removeAttribute("src"));
+  const alike = `similarity ${similarity.toFixed(2)}${same ? ", same patient" : ""}`;
   const about = element("span", { class: "about" },
     element("span", { class: "label", text: label }),
     element("span", { class: "name", text: name }),
-    element("span", { class: "quiet", text: `similarity ${similarity.toFixed(2)}` }));
-  const title = `${name}: ${label}, similarity ${similarity.toFixed(2)}`;
+    element("span", { class: "quiet", text: alike }));
+  const title = `${name}: ${label}, ${alike}`;
   const link = panel ? element("a", { href: panel, target: "_blank", title: `${title}. Open it in a new tab` }) : element("span", { class: "unlinked", title });
   link.append(image, about);
   return element("li", {}, link);

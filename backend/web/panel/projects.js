@@ -60,7 +60,18 @@ function headLine(head) {
   const measured = head.metric
     ? `${METRICS[head.metric]} ${score(head)}${head.mae === null ? "" : `, mean error ${Number(head.mae.toPrecision(2))}`}`
     : `not measured yet${head.reason ? ` (${head.reason})` : ""}`;
-  return element("li", {}, element("strong", { text: head.control }), `: ${measured}; ${number(head.labels)} ${things(head)}`);
+  const made = element("li", {}, element("strong", { text: head.control }), `: ${measured}; ${number(head.labels)} ${things(head)}`);
+  for (const found of head.figures ?? []) made.append(element("p", { class: "quiet", text: classLine(found) }));
+  if (head.metric) made.append(element("p", { class: "quiet", text: `${head.patients[0].toUpperCase()}${head.patients.slice(1)}.` }));
+  return made;
+}
+
+const percent = (part) => `${Number((100 * part).toPrecision(part < 0.01 ? 1 : 2))} %`;
+const range = ([value, low, high]) => `${percent(value)} (${percent(low)} to ${percent(high)})`;
+
+function classLine({ name, precision, recall, assumed, source }) {
+  const parts = [precision && `precision ${range(precision)}`, recall && `recall ${range(recall)}`, `prevalence ${percent(assumed)}, ${source}`];
+  return `${name}: ${parts.filter(Boolean).join(", ")}`;
 }
 
 // --- the learning curve ---------------------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ function curve(control, points) {
   }
   picture.append(drawn("polyline", { class: "line", points: all.map((step) => place(step, step.score)).join(" ") }));
   for (const step of all) {
-    const title = `${step.model_version}: ${name} ${score(step)}, ${number(step.labelled)} ${things(step)}`;
+    const title = `${step.model_version}: ${name} ${score(step)}, ${number(step.labelled)} ${things(step)}; ${step.patients}`;
     picture.append(drawn("circle", { cx: x(step.labelled), cy: y(step.score), r: 3 }, drawn("title", { text: title })));
   }
   for (const tick of [0, ...(all.length > 1 && all[0].labelled > 0.15 * most && all[0].labelled < 0.85 * most ? [all[0].labelled] : []), most]) {
