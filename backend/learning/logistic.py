@@ -87,11 +87,13 @@ def fit_logistic(
 
     ``groups`` int64 (N,): the patients of slides, or the slides (or patients) of tiles. ``measure``: whether to test what can be, which takes most of the time.
     """
+    from sklearn import config_context
     from threadpoolctl import threadpool_limits
 
     groups = whole(groups)
-    # L-BFGS is thousands of small products: BLAS threads that wait for each other cost it up to twenty times the time.
-    with threadpool_limits(1):
+    # L-BFGS is thousands of small products: BLAS threads that wait for each other cost it up to twenty times the time. Checks of what is known to
+    # be finite would cost small fits a third of theirs.
+    with threadpool_limits(1), config_context(assume_finite=True, skip_parameter_validation=True):
         if len(x) >= x.shape[1]:
             return _fit(x, y, k, groups, level, measure, seed)
         # Fewer labels than dimensions: weights under a quadratic penalty lie in the span of the labelled, also those of each
@@ -120,7 +122,7 @@ def _fit(
     folds, reason = class_folds(y, k, groups, 5 if len(y) <= _FEW else 3, seed, least_groups=least, level=level)
     tested = np.concatenate([test for _, test in folds]) if folds else np.zeros(0, np.int64)
     counts = np.bincount(y[tested], minlength=k)
-    enough = bool(folds) and counts[counts > 0].min() >= CALIBRATE_MIN_PER_CLASS and len(tested) >= CALIBRATE_MIN_LABELS
+    enough = len(tested) >= CALIBRATE_MIN_LABELS and int(counts[counts > 0].min()) >= CALIBRATE_MIN_PER_CLASS
     model = _procedure(x, y, k, groups, enough, CV_MIN_PER_CLASS, seed)
     about: dict[str, Any] = {"penalty": model.penalty, "folds": len(folds), "calibrated": enough}
     found = None

@@ -5,7 +5,7 @@ Tibshirani 1993), but never narrower than with one trial for each of them: a cla
 such proportions (Zou & Donner 2008), since a head that is right about every one of a few slides would have a bootstrap interval without width.
 
 A class's precision (positive predictive value) depends on how frequent the classes are. It follows from the recalls at the frequencies that the head assumes
-(Bayes), and its interval from draws of each recall's Jeffreys posterior, as for a risk at a given prevalence (Brown, Cai, DasGupta 2001 for the posterior).
+(Bayes), and its interval from draws of each recall's Jeffreys posterior (Brown, Cai, DasGupta 2001), and of the frequencies where they were counted.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def choice_metrics(
     classes: Sequence[str],
     *,
     prior: Float64Array | None = None,
+    stated: bool = False,
     groups: Int64Array | None = None,
     labelled: Int64Array | None = None,
     seed: int = 0,
@@ -89,6 +90,8 @@ def choice_metrics(
         The K names.
     prior
         float64 (K,): how frequent the classes are taken to be; ``None``: alike for the confidence, and as labelled for the precision.
+    stated
+        Whether the project states that; otherwise it is as uncertain as the share of each class among so many labels.
     groups
         int64 (N,): the patient of each slide, or the slide of each tile; ``None``: each item is its own.
     labelled
@@ -130,7 +133,8 @@ def choice_metrics(
     rows[0] = _at_least(rows[0], mean_of_proportions(hits, trials), alone=groups is None)
     said = np.zeros((k, k))
     np.add.at(said, (labels, guess), 1)
-    precision = _precision(said[tested] / counts[tested, None], trials, assumed[tested], tested, seed)
+    seen = None if stated or prior is None else totals[tested] * trials / counts[tested]
+    precision = _precision(said[tested] / counts[tested, None], trials, assumed[tested], seen, tested, seed)
     per_class: dict[str, Any] = {}
     for c, name in enumerate(classes):
         recall = rows[4 + c]
@@ -158,14 +162,21 @@ def _at_least(row: list[float] | None, limits: tuple[float, float], *, alone: bo
 
 
 def _precision(
-    said: Float64Array, trials: Float64Array, prior: Float64Array, tested: Int64Array, seed: int
+    said: Float64Array,
+    trials: Float64Array,
+    prior: Float64Array,
+    seen: Float64Array | None,
+    tested: Int64Array,
+    seed: int,
 ) -> dict[int, list[float]]:
     """By class, how many of those called so are so, as ``[value, low, high]``; classes that were never said are left out.
 
-    ``said`` float64 (T, K): of each of the T ``tested`` classes the part that was called each class, in so many ``trials``; ``prior`` float64 (T,).
+    ``said`` float64 (T, K): of each of the T ``tested`` classes the part that was called each class, in so many ``trials``; ``prior`` float64 (T,),
+    which follows from counting ``seen`` float64 (T,) where that is given.
     """
     rng = np.random.default_rng(seed)
     prior = prior / prior.sum()
+    frequent = prior[None, :] if seen is None else rng.dirichlet(seen, _DRAWS)
     found: dict[int, list[float]] = {}
     for own, c in enumerate(tested):
         total = float(prior @ said[:, c])
@@ -173,7 +184,7 @@ def _precision(
             continue
         value = float(prior[own] * said[own, c] / total)
         shares = rng.beta(said[:, c] * trials + 0.5, (1 - said[:, c]) * trials + 0.5, size=(_DRAWS, len(tested)))
-        drawn = prior[own] * shares[:, own] / (shares @ prior)
+        drawn = frequent[:, own] * shares[:, own] / (shares * frequent).sum(axis=1)
         low, high = np.percentile(drawn, [2.5, 97.5]).tolist()
         found[int(c)] = [value, float(min(low, value)), float(max(high, value))]
     return found

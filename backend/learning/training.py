@@ -124,7 +124,8 @@ def fit_choice_head(
     # How often people draw a class says nothing of how often tiles have it.
     prior = class_prior(seen, totals, priors or {}) if level == "slide" else None
     labelled = np.array([totals[name] for name in seen], dtype=np.int64)
-    metrics = _metrics(fit, seen, prior, labelled, seed)
+    stated = bool(priors) and any(name in priors for name in seen)
+    metrics = _metrics(fit, seen, prior, stated, labelled, seed)
     return Head(
         control=control,
         level=level,
@@ -193,7 +194,7 @@ def fit_choices_head(
         fits[name] = fit_logistic(x[rows], y, 2, groups=None if groups is None else groups[rows], seed=seed)
         prior[name] = stated.get(name, float(y.mean()))
         either = np.array([1 - prior[name], prior[name]])
-        metrics[name] = _metrics(fits[name], ("no", "yes"), either, np.bincount(y, minlength=2), seed)
+        metrics[name] = _metrics(fits[name], ("no", "yes"), either, name in stated, np.bincount(y, minlength=2), seed)
     kept = list(fits.values())
     return Head(
         control=control,
@@ -271,9 +272,9 @@ def fit_number_head(
 
 
 def _metrics(
-    fit: LogisticFit, classes: Sequence[str], prior: Float64Array | None, labelled: Int64Array, seed: int
+    fit: LogisticFit, classes: Sequence[str], prior: Float64Array | None, stated: bool, labelled: Int64Array, seed: int
 ) -> dict[str, Any]:
-    """What can be measured of a fit; ``prior`` and ``labelled`` as for :func:`~backend.learning.metrics.choice_metrics`."""
+    """What can be measured of a fit; ``prior``, ``stated`` and ``labelled`` as for :func:`~backend.learning.metrics.choice_metrics`."""
     if fit.tested is None:
         return {"measured": False, "reason": fit.reason or "not asked for", "penalty": fit.about["penalty"]}
     found = choice_metrics(
@@ -281,6 +282,7 @@ def _metrics(
         fit.tested.labels,
         classes,
         prior=prior,
+        stated=stated,
         groups=fit.tested.groups,
         labelled=labelled,
         seed=seed,
