@@ -33,17 +33,17 @@ def train(
 ) -> None:
     """Learn from a project's annotations now, and say what was learnt and what is still needed.
 
-    Annotations teach by themselves while the backend and its workers run: a training starts TRAIN_DEBOUNCE_S after the last
-    one, or after TRAIN_DEBOUNCE_N of them. This command does not wait for that. It also gives the webhook of a project that
-    was connected by hand the secret without which its events are refused.
+    Annotations teach by themselves while the backend and its workers run: a training starts TRAIN_DEBOUNCE_S after the
+    last one, or after TRAIN_DEBOUNCE_N of them. This command does not wait for that. It also gives the webhook of a
+    project that was connected by hand the secret without which its events are refused.
 
-    Each control that labels slides (Choices, Number, Rating) or regions (two labels or more) gets a small *head* on the stored
-    embeddings; slides are not read again. A choice needs two labels of two classes each, and TRAIN_MIN_LABELS in all. The
-    heads are a new model version, such as `wsc-3f2a1c-h4`, and every slide is scored, pushed and ranked anew. What is shown
-    as balanced accuracy, AUROC and calibration error was measured on labels that the measured model had not seen, nor any of
-    the same patient where tasks name it (PATIENT_FIELD), with intervals of 95 %. How many calls of a class are right
-    depends on how frequent it is: as the labelling config states (`model_prior` on a `Choice`), else as among the labelled.
-    Nothing is replaced where no label, patient or stated frequency has changed.
+    Each control that labels slides (Choices, Number, Rating) or regions (two labels or more) gets a small *head* on the
+    stored embeddings; slides are not read again. A choice needs two labels of two classes each, and TRAIN_MIN_LABELS in
+    all. The heads are a new model version, such as `wsc-3f2a1c-h4`, and every slide is scored, pushed and ranked anew.
+    What is shown as balanced accuracy, AUROC and calibration error was measured on labels that the measured model had
+    not seen, nor any of the same patient where tasks name it (PATIENT_FIELD), with intervals of 95 %. How many calls of
+    a class are right depends on how frequent it is: as the labelling config states (`model_prior` on a `Choice`), else
+    as among the labelled. Nothing is replaced where no label, patient or stated frequency has changed.
 
     A worker trains if one is running (`wsc-backend workers`), else this process does.
     """
@@ -71,9 +71,9 @@ def heads(
 ) -> None:
     """List the stored versions of a project's heads with what they were measured at; put one in use again, or none.
 
-    `--restore` and `--retire` have every slide scored, pushed and ranked anew. What you choose stays in use until a label
-    changes: trainings on the labels that there are now keep it, the first on others trains a new version. Versions of another
-    model are listed, but do not fit its embeddings and cannot be restored.
+    `--restore` and `--retire` have every slide scored, pushed and ranked anew. What you choose stays in use until a
+    label changes: trainings on the labels that there are now keep it, the first on others trains a new version.
+    Versions of another model are listed, but do not fit its embeddings and cannot be restored.
     """
     from backend.commands.head_tables import stored_lines
     from backend.commands.heads import stored_versions, use_version
@@ -107,10 +107,11 @@ def export(
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace the file if it is there.")] = False,
 ) -> None:
-    """Write a project's slides to one file: embedding, labels, agreement, suggestions, ranks. One row for each analysed slide.
+    """Write a project's slides to one file: embedding, labels, agreement, suggestions, ranks. One row for each analysed
+    slide.
 
-    Labels are those of Label Studio now; suggestions those of the heads in use; ranks those of the last training.
-    h5ad (AnnData: the embeddings in X, all else in obs) and parquet need `pip install 'wsc-label-studio-backend[export]'`.
+    Labels are those of Label Studio now; suggestions those of the heads in use; ranks those of the last training. h5ad
+    (AnnData: the embeddings in X, all else in obs) and parquet need `pip install 'wsc-label-studio-backend[export]'`.
     """
     from backend.commands.export import export_project
     from backend.label_studio.services import Services

@@ -1,7 +1,7 @@
 """Every setting of the backend, once, read from the environment.
 
-Units are in the names (``_S`` seconds, ``_PX`` pixels, ``_MPP`` micrometres per pixel, ``_BYTES``). The settings table in
-the README is generated from this file by :func:`settings_table`, so a description here is what a user reads.
+Units are in the names (``_S`` seconds, ``_PX`` pixels, ``_MPP`` micrometres per pixel, ``_BYTES``). The settings table
+in the README is generated from this file by :func:`settings_table`, so a description here is what a user reads.
 """
 
 from __future__ import annotations
@@ -150,11 +150,11 @@ class Settings(BaseSettings):
     )
     patient_field: str = Field(
         "patient",
-        description="Field of a task that names the slide's patient: slides of one patient are never in both parts of a validation.",
+        description="Field of a task that names the patient, whose slides are never in both parts of a validation.",
     )
     patient_from: Annotated[tuple[Literal["dicom", "tcga"], ...], NoDecode] = Field(
         (),
-        description="Where else a patient may be taken from, separated by commas: `dicom` (the Patient ID in a slide's file), `tcga` (a barcode such as `TCGA-A1-B2C3` in its name).",
+        description="Else from a slide's file: `dicom` (its Patient ID), `tcga` (a barcode in its name), separated by commas.",
     )
     train_debounce_n: int = Field(
         5, ge=1, le=10_000, description="Training starts after so many new or changed annotations."
@@ -277,7 +277,8 @@ class Settings(BaseSettings):
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the settings, turning what pydantic says into one :class:`~backend.errors.SettingsError` naming each variable."""
+    """Read the settings, turning what pydantic says into one :class:`~backend.errors.SettingsError` naming each
+    variable."""
     try:
         return Settings(**overrides)
     except ValidationError as error:

@@ -44,7 +44,8 @@ def heads_table(heads: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def classes_table(heads: Sequence[Mapping[str, Any]]) -> Table | None:
-    """One row a class that was measured: how many of its calls are right, how many of its slides are found, how frequent it is taken to be."""
+    """One row a class that was measured: how many of its calls are right, how many of its slides are found, how
+    frequent it is taken to be."""
     table = Table(*_OF_CLASS, title="of each class, at the prevalence assumed for it")
     for head in heads:
         for found in class_figures(head):
@@ -77,7 +78,8 @@ def versions_table(stored: StoredVersions) -> Table:
 
 
 def stored_lines(stored: StoredVersions) -> Iterator[str | Table]:
-    """The heads of every stored version; of those in use also the figures of each class, and what their validation knew of patients."""
+    """The heads of every stored version; of those in use also the figures of each class, and what their validation knew
+    of patients."""
     yield versions_table(stored)
     heads = next((version.heads for version in stored.versions if version.in_use), ())
     classes = classes_table(heads)

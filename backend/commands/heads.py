@@ -66,7 +66,8 @@ def use_version(
 ) -> TrainingReport:
     """Put ``version`` in use (``None``: no heads); every slide is scored, pushed and ranked anew.
 
-    It stays in use until a label changes, see :func:`~backend.label_studio.trainer.put_in_use`, which also names the errors.
+    It stays in use until a label changes, see :func:`~backend.label_studio.trainer.put_in_use`, which also names the
+    errors.
 
     Raises
     ------

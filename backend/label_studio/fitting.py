@@ -16,7 +16,8 @@ from backend.learning.training import TooFewLabels, fit_choice_head, fit_choices
 
 
 def fit_target(services: Services, lesson: Lesson, target: Target, teacher: Teacher) -> Head | TooFewLabels | None:
-    """The head of a control, or what it lacks; ``None`` where nobody has drawn with it, so that nothing is missing either.
+    """The head of a control, or what it lacks; ``None`` where nobody has drawn with it, so that nothing is missing
+    either.
 
     Raises
     ------

@@ -1,9 +1,10 @@
 """Which controls a project has, and what each asks of us. Pure: XML in, frozen data out.
 
-Attributes that a control may carry for us: ``model_skip`` (leave it to the annotator), ``model_top_k`` (how many regions),
-``model_score_threshold`` (lowest score of a region), ``model_prior`` (on a ``Choice``: how frequent it is among the slides, see
-:mod:`backend.learning.prevalence`), ``model_heatmap`` (``alpha``, ``bands``, or ``classes``: only what a tile head says). Controls are read only if they
-label the image; controls for single regions or pages (``perRegion``, ``perItem``) belong to the annotator.
+Attributes that a control may carry for us: ``model_skip`` (leave it to the annotator), ``model_top_k`` (how many
+regions), ``model_score_threshold`` (lowest score of a region), ``model_prior`` (on a ``Choice``: how frequent it is
+among the slides, see :mod:`backend.learning.prevalence`), ``model_heatmap`` (``alpha``, ``bands``, or ``classes``: only
+what a tile head says). Controls are read only if they label the image; controls for single regions or pages
+(``perRegion``, ``perItem``) belong to the annotator.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ EXAMPLE = """<View>
 class ImageObject:
     """The ``<Image>`` of the config that is pre-labelled.
 
-    ``field`` is the task field that holds the image; ``None`` if the value is not just ``$field`` (then the task needs a field
-    ``slide``). ``pages``: the image is a ``valueList``, so each region states its page by ``item_index``.
+    ``field`` is the task field that holds the image; ``None`` if the value is not just ``$field`` (then the task needs
+    a field ``slide``). ``pages``: the image is a ``valueList``, so each region states its page by ``item_index``.
     """
 
     name: str
@@ -65,8 +66,8 @@ class ImageObject:
 class Control:
     """One control that this backend can fill or learn from.
 
-    ``labels`` are in the order of the config; empty for Number, Rating and TextArea. ``multiple``: several choices may be made.
-    ``priors``: how frequent choices are, of those that say it.
+    ``labels`` are in the order of the config; empty for Number, Rating and TextArea. ``multiple``: several choices may
+    be made. ``priors``: how frequent choices are, of those that say it.
     """
 
     kind: Kind
@@ -143,8 +144,9 @@ def parse_config(xml: str) -> LabelingConfig:
     Raises
     ------
     LabelConfigUnsupported
-        Not XML, XML with a DOCTYPE (never needed, and the way to entity expansion), no image, no control that this backend can
-        fill, a control of ours without labels, or an attribute with a value that cannot be used. The message says what to add.
+        Not XML, XML with a DOCTYPE (never needed, and the way to entity expansion), no image, no control that this
+        backend can fill, a control of ours without labels, or an attribute with a value that cannot be used. The
+        message says what to add.
     """
     root = _parse_xml(xml)
     images = {image.name: image for image in map(_image, root.iter()) if image is not None}
@@ -271,7 +273,7 @@ def _priors(element: ET.Element, control: str, kind: Kind, *, multiple: bool) ->
     if not multiple and found and (total > 1.01 or (len(found) == len(children) and total < 0.99)):
         raise LabelConfigUnsupported(
             f"The model_prior of the choices of '{control}' sum to {total:.4g}, not to 1.",
-            hint="State how frequent each choice is among the slides; leave it out for the rest, which share what is left.",
+            hint="State how frequent each choice is among the slides; those without it share what is left.",
         )
     return tuple(found)
 

@@ -27,8 +27,8 @@ Value = str | float | tuple[str, ...]
 class HeadSuggestion:
     """What a head says of a slide, with its confidence in [0, 1].
 
-    ``value``: a choice, several choices, or a number. ``probabilities``: of each choice, the most probable first; empty for numbers. ``notes``: sentences
-    on how often such a suggestion is right.
+    ``value``: a choice, several choices, or a number. ``probabilities``: of each choice, the most probable first; empty
+    for numbers. ``notes``: sentences on how often such a suggestion is right.
     """
 
     control: str
@@ -40,7 +40,8 @@ class HeadSuggestion:
 
 @dataclass(frozen=True, eq=False)
 class TileClasses:
-    """What a tile head says: ``probabilities`` float32 (N, K) for the N tiles of the bag and the K ``classes``; rows sum to 1."""
+    """What a tile head says: ``probabilities`` float32 (N, K) for the N tiles of the bag and the K ``classes``; rows
+    sum to 1."""
 
     control: str
     classes: tuple[str, ...]
@@ -57,7 +58,8 @@ class Learnt:
 
     @property
     def confidence(self) -> float | None:
-        """The prediction's score: the confidence of the least certain head, as that is what makes a slide worth labelling."""
+        """The prediction's score: the confidence of the least certain head, as that is what makes a slide worth
+        labelling."""
         return min((float(s.confidence) for s in self.suggestions), default=None)
 
     def classes_for(self, control: Control) -> TileClasses | None:
@@ -128,7 +130,8 @@ def learnt_of(
 
 
 def suggested(control: Control, learnt: Learnt) -> list[Region]:
-    """The region of a control that a head answers. Not read-only, unlike drawn regions: a suggestion is there to be changed."""
+    """The region of a control that a head answers. Not read-only, unlike drawn regions: a suggestion is there to be
+    changed."""
     said = next((s for s in learnt.suggestions if s.control == control.name), None)
     if said is None or said.confidence < (control.score_threshold or 0):
         return []

@@ -28,8 +28,8 @@ def summary_text(
     similar: Sequence[Neighbour] = (),
     suggestions: Sequence[HeadSuggestion] = (),
 ) -> str:
-    """Lines of plain text: what was analysed, how concentrated attention is, what is suggested and how often that is right, which labelled slides are
-    alike, which model, and what it is not for."""
+    """Lines of plain text: what was analysed, how concentrated attention is, what is suggested and how often that is
+    right, which labelled slides are alike, which model, and what it is not for."""
     bag, n = result.bag, len(result.bag)
     attention = result.mean_attention[hottest_first(result.mean_attention)]
     if bag.kind == "patches":

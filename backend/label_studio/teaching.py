@@ -16,7 +16,7 @@ from backend.errors import BackendError, DownloadFailed, RequestInvalid, ResultD
 from backend.label_studio import rle
 from backend.label_studio.answers import slide_ref
 from backend.label_studio.labeling_config import HEAD_KINDS, LabelingConfig
-from backend.label_studio.patients import Patient, PatientField, PatientLookup
+from backend.label_studio.patients import Patient, PatientField, patient_of
 from backend.label_studio.services import Services
 from backend.learning.heads import Float32Array
 from backend.learning.labels import (
@@ -47,8 +47,8 @@ _EMBEDDINGS_KEPT = 50_000
 
 @dataclass(frozen=True)
 class Slide:
-    """A task whose slide has an embedding: ``row`` in :attr:`Lesson.embeddings`, Label Studio's ``task`` and its ``data``, and whose slide it is
-    (``None`` where nothing says so)."""
+    """A task whose slide has an embedding: ``row`` in :attr:`Lesson.embeddings`, Label Studio's ``task`` and its
+    ``data``, and whose slide it is (``None`` where nothing says so)."""
 
     row: int
     task: int
@@ -72,8 +72,8 @@ class Lesson:
     slides, embeddings
         N slides, and float32 (N, D) in their order.
     labels
-        By the name of a control for whole slides, what annotators agree on, of tasks with an embedding only; of several tasks that show one slide under
-        the first.
+        By the name of a control for whole slides, what annotators agree on, of tasks with an embedding only; of several
+        tasks that show one slide under the first.
     tiles
         By the name of a control for regions, the labelled tiles of each slide, likewise.
     annotated
@@ -132,7 +132,8 @@ class Lesson:
 
 
 def targets_of(config: LabelingConfig) -> tuple[Target, ...]:
-    """What heads may learn: answers that a head can suggest, and drawn labels where a control has at least two to tell apart."""
+    """What heads may learn: answers that a head can suggest, and drawn labels where a control has at least two to tell
+    apart."""
     found = []
     for control in config.controls:
         kind = cast(TargetKind, control.kind)
@@ -148,19 +149,20 @@ class Teacher:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        self._patients = PatientLookup(services.settings)
         self._embeddings: dict[str, Float32Array] = {}
         self._lock = threading.Lock()
 
     def lesson(self, project: int, config: LabelingConfig, progress: Progress) -> Lesson:
-        """Everything that ``project`` teaches now; errors as of :class:`~backend.label_studio.client.LabelStudioClient`.
+        """Everything that ``project`` teaches now; errors as of
+        :class:`~backend.label_studio.client.LabelStudioClient`.
 
         Raises
         ------
         StoreUnavailable
             The store of results is away: a slide that cannot be looked up is none that lacks a result.
         DownloadFailed
-            The server of an annotated slide is away, so that labels would be missing. A slide without labels is left out instead.
+            The server of an annotated slide is away, so that labels would be missing. A slide without labels is left
+            out instead.
         """
         progress("read", 0, 0)
         client = self._services.client
@@ -209,7 +211,8 @@ class Teacher:
             for done, ((task, data), found) in enumerate(zip(tasks, located, strict=True), start=1):
                 progress("slides", done, len(tasks))
                 if isinstance(found, BackendError):
-                    # What passes must not look like labels that were taken back. A slide without labels can wait for the next training.
+                    # What passes must not look like labels that were taken back. A slide without labels can wait for
+                    # the next training.
                     if found.retryable and (task in annotated or not isinstance(found, DownloadFailed)):
                         raise found
                     missing[task] = found.message
@@ -240,7 +243,7 @@ class Teacher:
             ref = slide_ref(self._services, config, data)
             key = self._services.key(ref)
             try:
-                patient: Patient | PatientField | None = self._patients.of(data, ref)
+                patient: Patient | PatientField | None = patient_of(data, ref, self._services.settings)
             except PatientField as problem:
                 patient = problem
             return ref, key, self._embedding(key), patient
@@ -294,12 +297,14 @@ class Teacher:
     def labelled_tiles(
         self, entries: Sequence[tuple[Slide, TileLabels]], groups: Sequence[int]
     ) -> Iterator[LabelledTiles]:
-        """The latents of labelled tiles, slide by slide: one slide's are in memory at a time. ``groups`` has the number of each slide's patient.
+        """The latents of labelled tiles, slide by slide: one slide's are in memory at a time. ``groups`` has the number
+        of each slide's patient.
 
         Raises
         ------
         ResultDamaged
-            A result has gone since the lesson was read: what is left is not what the lesson's digest says, so the lesson is to be read anew.
+            A result has gone since the lesson was read: what is left is not what the lesson's digest says, so the
+            lesson is to be read anew.
         """
         for (slide, entry), group in zip(entries, groups, strict=True):
             result = self._services.store.get(slide.key)

@@ -1,6 +1,7 @@
 """A training: annotations → heads → a new model version → every slide of the project scored, pushed and ranked anew.
 
-Everything works on stored embeddings, so that it takes seconds. Each step can be repeated: a training that dies is run again from its start.
+Everything works on stored embeddings, so that it takes seconds. Each step can be repeated: a training that dies is run
+again from its start.
 """
 
 from __future__ import annotations
@@ -144,8 +145,10 @@ def put_in_use(services: Services, project: int, version: str | None, progress: 
     Raises
     ------
     HeadNotFound, HeadDamaged, HeadMismatch
-        There is no such version; it cannot be read; it was trained on embeddings of another model. Nothing has changed then.
-    LabelConfigUnsupported, LabelStudioUnreachable, LabelStudioError, TaskGone, QueueUnavailable, StoreUnavailable, DownloadFailed
+        There is no such version; it cannot be read; it was trained on embeddings of another model. Nothing has changed
+        then.
+    LabelConfigUnsupported, LabelStudioUnreachable, LabelStudioError, TaskGone, QueueUnavailable, StoreUnavailable,
+    DownloadFailed
         As of :func:`train`.
     """
     services.queue.ping()
@@ -153,7 +156,8 @@ def put_in_use(services: Services, project: int, version: str | None, progress: 
     lesson = _teacher_of(services).lesson(project, config, progress)
     before, old = services.versions.version(project), services.versions.snapshot(project)
     registry, fingerprint = services.versions.registry, services.model.fingerprint
-    # Written down with the choice itself: should we die right after it, the next training on these labels keeps it, and goes on from there.
+    # Written down with the choice itself: should we die right after it, the next training on these labels keeps it, and
+    # goes on from there.
     chosen_for = lesson.digest(fingerprint)
     heads = None
     if version is None:
@@ -181,7 +185,8 @@ def _settle(
     version = str(snapshot.about["version"])
     progress("version", 0, 0)
     services.client.follow_version(project, services.settings.browser_url, version)
-    # One that died before its last push has left slides behind, perhaps even before its snapshot: heads in use may be newer than that.
+    # One that died before its last push has left slides behind, perhaps even before its snapshot: heads in use may be
+    # newer than that.
     settled = old is not None and old.about.get("settled") and old.about["version"] == before == version
     pushed = _push(services, project, lesson, snapshot, old if settled else None, version, progress)
     write_snapshot(
@@ -226,7 +231,8 @@ def _heads(
     old: ProjectSnapshot | None,
     progress: Progress,
 ) -> tuple[HeadSet | None, Sequence[Mapping[str, Any]]]:
-    """The heads in use after this training, and what is missing for others; ``current`` and ``old`` are what was there before it."""
+    """The heads in use after this training, and what is missing for others; ``current`` and ``old`` are what was there
+    before it."""
     registry = services.versions.registry
     digest = lesson.digest(services.model.fingerprint)
     if isinstance(current, HeadSet):
@@ -250,7 +256,8 @@ def _heads(
         about = {"digest": digest, "too_few": too_few}
         return registry.add(project, heads, model_version=services.model.model_version, about=about), too_few
     if current is not None and lesson.unplaced:
-        # Nobody has taken these labels back: it is slides or results that are not there, as on a disk that is not mounted.
+        # Nobody has taken these labels back: it is slides or results that are not there, as on a disk that is not
+        # mounted.
         log.warning("project=%d: %d annotated slides are not there; its heads stay", project, len(lesson.unplaced))
         if isinstance(current, HeadDamaged):
             raise current
@@ -341,7 +348,8 @@ def _push(
     version: str,
     progress: Progress,
 ) -> int:
-    """Queue a push for every task; with ``old``, of the same version, only for those that it did not place, or placed elsewhere."""
+    """Queue a push for every task; with ``old``, of the same version, only for those that it did not place, or placed
+    elsewhere."""
     rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
     waiting = [
         (lesson.slides[row].key, WaitingTask(project, lesson.slides[row].task, "", version))
@@ -356,7 +364,8 @@ def _push(
 
 
 def _rank(services: Services, project: int, lesson: Lesson, snapshot: ProjectSnapshot, progress: Progress) -> int:
-    """Write ranks into the tasks' data, the most urgent first; stops where a newer training waits, which does it anyway."""
+    """Write ranks into the tasks' data, the most urgent first; stops where a newer training waits, which does it
+    anyway."""
     rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
     written = 0
     for done, row in enumerate(rows.tolist(), start=1):

@@ -1,10 +1,11 @@
 """Which slide to label next, and which labelled slides are like it.
 
-Before there is a head: MaxHerding (Bae et al., "Generalized coverage for more robust low-budget active learning", ECCV 2024), which covers the
-project by slides that are typical and unlike each other. With a head: the slides with the smallest margin between the two most probable classes,
-and of ten times as many as a batch needs those that CLUE (Prabhu et al., "Active domain adaptation via clustering uncertainty-weighted
-embeddings", ICCV 2021) finds unlike each other. The strategies are those of ``scikit-activeml``; distances are taken between the leading principal components
-of the standardised embeddings, where they are not drowned by hundreds of small ones.
+Before there is a head: MaxHerding (Bae et al., "Generalized coverage for more robust low-budget active learning", ECCV
+2024), which covers the project by slides that are typical and unlike each other. With a head: the slides with the
+smallest margin between the two most probable classes, and of ten times as many as a batch needs those that CLUE (Prabhu
+et al., "Active domain adaptation via clustering uncertainty-weighted embeddings", ICCV 2021) finds unlike each other.
+The strategies are those of ``scikit-activeml``; distances are taken between the leading principal components of the
+standardised embeddings, where they are not drowned by hundreds of small ones.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class LabellingOrder:
     priority
         int64 (N,): 1 for the slide to label first, 2 for the next; 0 for labelled ones.
     novelty
-        float64 (N,) in [0, 1]: how unlike the most similar *other* labelled slide it is, ``(1 - cosine) / 2`` of the centred
-        embeddings; 1 as long as no slide is labelled.
+        float64 (N,) in [0, 1]: how unlike the most similar *other* labelled slide it is, ``(1 - cosine) / 2`` of the
+        centred embeddings; 1 as long as no slide is labelled.
     cluster
         int64 (N,): which slides are alike; numbers from 0.
     """
@@ -59,8 +60,8 @@ def labelling_order(
 ) -> LabellingOrder:
     """Rank the unlabelled slides of a project.
 
-    The first ``batch_size`` are chosen together, uncertain (or without a head: typical) and diverse; those after them by uncertainty (or typicality) alone,
-    until the next ranking.
+    The first ``batch_size`` are chosen together, uncertain (or without a head: typical) and diverse; those after them
+    by uncertainty (or typicality) alone, until the next ranking.
 
     Parameters
     ----------
@@ -97,8 +98,9 @@ def labelling_order(
 def choice_like(head: Head, output: HeadOutput) -> Float64Array:
     """float64 (N, K ≥ 2): probabilities whose margin says how sure the head is, for heads of any kind.
 
-    One choice: its own, were all classes equally frequent: a margin at the prevalence would pass over what looks like a rare class. Several: chosen or not,
-    of the least certain one, likewise. Numbers: the confidence *c* as ``((1 + c) / 2, (1 - c) / 2)``, whose margin is *c*.
+    One choice: its own, were all classes equally frequent: a margin at the prevalence would pass over what looks like a
+    rare class. Several: chosen or not, of the least certain one, likewise. Numbers: the confidence *c* as ``((1 + c) /
+    2, (1 - c) / 2)``, whose margin is *c*.
     """
     if head.kind == "choice" and output.alike is not None:
         return output.alike

@@ -1,4 +1,5 @@
-"""What a head's metrics mean, in words and as rows: for the terminal, the overview, the panel and the summary beside a slide. Pure.
+"""What a head's metrics mean, in words and as rows: for the terminal, the overview, the panel and the summary beside a
+slide. Pure.
 
 Reads metrics as they are stored, also those of earlier releases, which know nothing of patients and prevalence.
 """
@@ -24,7 +25,8 @@ class ClassFigures:
     name
         As the annotators call it.
     precision, recall
-        ``[value, low, high]``: how many of those called so are so, and how many of those that are so are called so; ``None`` where not measured.
+        ``[value, low, high]``: how many of those called so are so, and how many of those that are so are called so;
+        ``None`` where not measured.
     assumed, labelled
         How frequent it is taken to be, and how frequent it is among the labelled.
     stated
@@ -65,7 +67,8 @@ def patients_words(metrics: Mapping[str, Any]) -> str:
 
 
 def class_figures(head: Mapping[str, Any]) -> list[ClassFigures]:
-    """The figures of each class of a head, given as training reports it (``kind``, ``metrics`` and ``prior_stated``); none where nothing was measured."""
+    """The figures of each class of a head, given as training reports it (``kind``, ``metrics`` and ``prior_stated``);
+    none where nothing was measured."""
     metrics, stated = head["metrics"], head.get("prior_stated") or ()
     choices = metrics.get("choices")
     if isinstance(choices, Mapping):
@@ -89,7 +92,8 @@ def class_figures(head: Mapping[str, Any]) -> list[ClassFigures]:
 
 
 def suggestion_words(head: Mapping[str, Any], value: object) -> list[str]:
-    """What should be known beside a suggestion: how many like it are right, how rare that is, and what the validation knew of patients."""
+    """What should be known beside a suggestion: how many like it are right, how rare that is, and what the validation
+    knew of patients."""
     metrics = head["metrics"]
     lines = []
     if not metrics.get("measured"):

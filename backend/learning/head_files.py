@@ -1,7 +1,8 @@
 """Heads on disk, without pickle: arrays as safetensors, all else as JSON, in one folder for all heads of a version.
 
-``heads.json`` holds ``format_version``, ``arrays_sha256`` and, for each head in order, its fields; ``arrays.safetensors`` holds the float64 arrays as
-``<i>.mean``, ``<i>.scale``, ``<i>.coef``, ``<i>.intercept``, ``<i>.temperature``, ``<i>.bias`` and, for numbers, ``<i>.directions`` and ``<i>.shrinkage``.
+``heads.json`` holds ``format_version``, ``arrays_sha256`` and, for each head in order, its fields;
+``arrays.safetensors`` holds the float64 arrays as ``<i>.mean``, ``<i>.scale``, ``<i>.coef``, ``<i>.intercept``,
+``<i>.temperature``, ``<i>.bias`` and, for numbers, ``<i>.directions`` and ``<i>.shrinkage``.
 """
 
 from __future__ import annotations

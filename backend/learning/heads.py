@@ -1,11 +1,14 @@
-"""A head: a small linear model on slide embeddings or tile latents, as arrays. Inference is NumPy, so a stored head needs no scikit-learn.
+"""A head: a small linear model on slide embeddings or tile latents, as arrays. Inference is NumPy, so a stored head
+needs no scikit-learn.
 
-What a head says weighs the classes alike, whatever their frequency (in training by class weights, and in calibration): a rare class is not ignored.
-How sure it is of that follows the frequency of the classes, see :mod:`backend.learning.prevalence`: a slide that looks like a class that one in
-twenty slides has may be called that with a confidence below one half.
+What a head says weighs the classes alike, whatever their frequency (in training by class weights, and in calibration):
+a rare class is not ignored. How sure it is of that follows the frequency of the classes, see
+:mod:`backend.learning.prevalence`: a slide that looks like a class that one in twenty slides has may be called that
+with a confidence below one half.
 
-Numbers: the confidence is the probability, under a normal error, that the true number lies within ``tolerance`` of the predicted one, where the
-error's variance grows with the distance from what was labelled (ridge regression as a Bayesian linear model: Bishop 2006, eq. 3.59).
+Numbers: the confidence is the probability, under a normal error, that the true number lies within ``tolerance`` of the
+predicted one, where the error's variance grows with the distance from what was labelled (ridge regression as a Bayesian
+linear model: Bishop 2006, eq. 3.59).
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ class Head:
     Attributes
     ----------
     control, level, kind
-        The control whose answer it gives; what it looks at; one choice, several choices, a number, or a whole number of stars.
+        The control whose answer it gives; what it looks at; one choice, several choices, a number, or a whole number of
+        stars.
     classes
         The K choices it can say, in the order of the labelling config; empty for numbers.
     mean, scale
@@ -79,12 +83,13 @@ class Head:
     fingerprint
         Of the model that made the embeddings; a head fits no other.
     metrics
-        What was measured on labels that the measured model had not seen; JSON values. ``{"measured": False, "reason": …}`` with too few.
+        What was measured on labels that the measured model had not seen; JSON values. ``{"measured": False, "reason":
+        …}`` with too few.
     tolerance, value_range, spread
         Only for numbers.
     prior
-        float64 (K,): how frequent the classes are taken to be (of several choices: how often each is chosen); ``None``: all alike, as for tiles,
-        numbers, and heads stored by earlier releases.
+        float64 (K,): how frequent the classes are taken to be (of several choices: how often each is chosen); ``None``:
+        all alike, as for tiles, numbers, and heads stored by earlier releases.
     prior_stated
         The classes whose frequency the project states; that of the others is as among the labels.
     """
@@ -125,10 +130,11 @@ class HeadOutput:
     values
         N answers: the most probable choice, or tuple of choices, were all equally frequent; or a number.
     confidence
-        float64 (N,) in [0, 1]: the calibrated probability of the answer; for several choices that of the least certain one; for
-        numbers the probability to be within the head's tolerance.
+        float64 (N,) in [0, 1]: the calibrated probability of the answer; for several choices that of the least certain
+        one; for numbers the probability to be within the head's tolerance.
     probabilities
-        float64 (N, K); ``None`` for numbers. Rows sum to 1 for ``choice``; each column is a yes or no of its own for ``choices``.
+        float64 (N, K); ``None`` for numbers. Rows sum to 1 for ``choice``; each column is a yes or no of its own for
+        ``choices``.
     alike
         As ``probabilities``, were all classes equally frequent; ``None`` for numbers.
     """
@@ -186,7 +192,8 @@ def uncalibrated_probabilities(head: Head, embeddings: AnyFloatArray) -> Float64
 def probabilities(
     head: Head, embeddings: AnyFloatArray, *, names: Sequence[object] | None = None, alike: bool = False
 ) -> Float64Array:
-    """float64 (N, K): calibrated probability of each class, as frequent as the head takes it to be, or ``alike``. Only for heads of choices.
+    """float64 (N, K): calibrated probability of each class, as frequent as the head takes it to be, or ``alike``. Only
+    for heads of choices.
 
     Raises
     ------
@@ -246,10 +253,12 @@ def _calibrated(head: Head, embeddings: AnyFloatArray, names: Sequence[object] |
 
 
 def at_prevalence(z: Float64Array, prior: Float64Array | None, *, several: bool = False) -> Float64Array:
-    """float64 (N, K): calibrated logits of equally frequent classes, for classes as frequent as ``prior`` float64 (K,) says.
+    """float64 (N, K): calibrated logits of equally frequent classes, for classes as frequent as ``prior`` float64 (K,)
+    says.
 
-    The odds are multiplied by how much more frequent each class is (Saerens et al. 2002, see :mod:`backend.learning.prevalence`). ``several``: each column is
-    a yes or no of its own, whose prior is that of yes. ``None``: as they are.
+    The odds are multiplied by how much more frequent each class is (Saerens et al. 2002, see
+    :mod:`backend.learning.prevalence`). ``several``: each column is a yes or no of its own, whose prior is that of yes.
+    ``None``: as they are.
     """
     if prior is None:
         return z

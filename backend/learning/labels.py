@@ -1,8 +1,8 @@
 """From annotations to labels: who said what of which slide, and what the annotators agree on. Pure, no I/O.
 
-Input is Label Studio's own JSON: tasks as exported (``annotations`` inside), or the ``annotation`` of a webhook. A control's *target* says
-what may be learnt from it; the caller makes the targets from the labelling config. What cannot be used is never dropped silently: it is
-an :class:`Issue`.
+Input is Label Studio's own JSON: tasks as exported (``annotations`` inside), or the ``annotation`` of a webhook. A
+control's *target* says what may be learnt from it; the caller makes the targets from the labelling config. What cannot
+be used is never dropped silently: it is an :class:`Issue`.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Issue:
 
 @dataclass(frozen=True)
 class Annotation:
-    """One submitted annotation. ``annotator`` is who made it; ``results`` are its result items as Label Studio wrote them; ``tasks`` are all
-    that it comes from where several tasks show one slide, see :func:`one_for_each_slide`."""
+    """One submitted annotation. ``annotator`` is who made it; ``results`` are its result items as Label Studio wrote
+    them; ``tasks`` are all that it comes from where several tasks show one slide, see :func:`one_for_each_slide`."""
 
     id: int
     task_id: int
@@ -104,11 +104,13 @@ class SlideLabel:
     Attributes
     ----------
     value
-        The choice; the number; or for multiple choices what is known of each: ``{choice: chosen}`` without those that tied.
+        The choice; the number; or for multiple choices what is known of each: ``{choice: chosen}`` without those that
+        tied.
     annotators
         How many voted.
     agreement
-        Part of the votes that agree with ``value`` (mean over the choices for multiple; for numbers those equal to it), in [0, 1].
+        Part of the votes that agree with ``value`` (mean over the choices for multiple; for numbers those equal to it),
+        in [0, 1].
     """
 
     task_id: int
@@ -198,8 +200,8 @@ def slide_labels(
 ) -> tuple[list[SlideLabel], list[Issue]]:
     """The label of each task that the annotators agree on.
 
-    Choices: the choice with most votes; a tie teaches nothing. Multiple: the same for each choice by itself, where an annotator who answered
-    the control and left a choice out voted against it. Numbers and ratings: the median.
+    Choices: the choice with most votes; a tie teaches nothing. Multiple: the same for each choice by itself, where an
+    annotator who answered the control and left a choice out voted against it. Numbers and ratings: the median.
 
     Parameters
     ----------
@@ -208,8 +210,8 @@ def slide_labels(
     target
         One of kind Choices, Number or Rating.
     accept_suggestions
-        Whether a machine's suggestion that a person submitted unchanged counts as that person's answer (default: submitting it is agreeing
-        with it). Read-only results never count.
+        Whether a machine's suggestion that a person submitted unchanged counts as that person's answer (default:
+        submitting it is agreeing with it). Read-only results never count.
 
     Returns
     -------
@@ -236,8 +238,8 @@ def slide_labels(
 def is_persons(region: Mapping[str, Any], *, accept_suggestions: bool = False) -> bool:
     """Whether a person made (or changed) a result item: by ``readonly`` and ``origin``.
 
-    Label Studio copies a prediction's regions into the submitted annotation; ours are read-only, and keep the origin ``prediction``.
-    Items without an origin were imported or made by API: somebody's, hence a person's.
+    Label Studio copies a prediction's regions into the submitted annotation; ours are read-only, and keep the origin
+    ``prediction``. Items without an origin were imported or made by API: somebody's, hence a person's.
     """
     if region.get("readonly"):
         return False
@@ -248,7 +250,8 @@ def is_persons(region: Mapping[str, Any], *, accept_suggestions: bool = False) -
 def human_regions(
     annotation: Annotation, targets: Iterable[Target], *, machine_controls: Collection[str] = ()
 ) -> list[tuple[Target, Mapping[str, Any]]]:
-    """The drawn regions of people, with their targets; ``machine_controls`` are ignored by name (an attention map teaches nothing)."""
+    """The drawn regions of people, with their targets; ``machine_controls`` are ignored by name (an attention map
+    teaches nothing)."""
     by_name = {t.name: t for t in targets if t.kind in TILE_KINDS and t.name not in machine_controls}
     found: list[tuple[Target, Mapping[str, Any]]] = []
     for region in annotation.results:

@@ -1,13 +1,15 @@
 """Standardised logistic regression, cross-validated and calibrated: what heads of choices are made of.
 
-One procedure makes a head out of labels: the penalty is chosen among :data:`PENALTIES` by cross-validation, a model with that penalty is fitted, and
-temperature and bias are fitted to the logits that models with that penalty give to labels that they had not seen. What is measured is that whole
-procedure, by an outer cross-validation: it runs on each part of the labels anew, and its result is asked about the others (Varma & Simon, "Bias in
-error estimation when using cross-validation for model selection", BMC Bioinformatics 2006). No group, such as a patient, stands on both sides of any of
-these splits.
+One procedure makes a head out of labels: the penalty is chosen among :data:`PENALTIES` by cross-validation, a model
+with that penalty is fitted, and temperature and bias are fitted to the logits that models with that penalty give to
+labels that they had not seen. What is measured is that whole procedure, by an outer cross-validation: it runs on each
+part of the labels anew, and its result is asked about the others (Varma & Simon, "Bias in error estimation when using
+cross-validation for model selection", BMC Bioinformatics 2006). No group, such as a patient, stands on both sides of
+any of these splits.
 
-The penalty is the variance of a prior over the weights, so what suits a part of the labels suits all of them: with many it is chosen on
-:data:`_TUNE_ROWS` of them. The standardisation of the features is not part of the procedure: it comes from all slides of the project, without labels.
+The penalty is the variance of a prior over the weights, so what suits a part of the labels suits all of them: with many
+it is chosen on :data:`_TUNE_ROWS` of them. The standardisation of the features is not part of the procedure: it comes
+from all slides of the project, without labels.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ Features = npt.NDArray[np.floating[Any]]
 class Tested:
     """M labels with what a model said of each that had not seen it, nor anything of its group.
 
-    ``logits`` float64 (M, K), calibrated as the model's own; ``labels`` and ``groups`` int64 (M,), the latter ``None`` where each is its own.
+    ``logits`` float64 (M, K), calibrated as the model's own; ``labels`` and ``groups`` int64 (M,), the latter ``None``
+    where each is its own.
     """
 
     logits: Float64Array
@@ -60,7 +63,8 @@ class Tested:
 class LogisticFit:
     """Logits of K classes on standardised features, their calibration, and what can be measured.
 
-    ``tested`` is ``None`` where nothing can be, for the ``reason`` in words; ``about`` are ``penalty``, ``folds``, ``calibrated`` for the metrics.
+    ``tested`` is ``None`` where nothing can be, for the ``reason`` in words; ``about`` are ``penalty``, ``folds``,
+    ``calibrated`` for the metrics.
     """
 
     coef: Float64Array
@@ -85,19 +89,20 @@ def fit_logistic(
 ) -> LogisticFit:
     """Fit on standardised float (N, D) features and int64 (N,) classes below ``k``, each of which occurs.
 
-    ``groups`` int64 (N,): the patients of slides, or the slides (or patients) of tiles. ``measure``: whether to test what can be, which takes most of the time.
+    ``groups`` int64 (N,): the patients of slides, or the slides (or patients) of tiles. ``measure``: whether to test
+    what can be, which takes most of the time.
     """
     from sklearn import config_context
     from threadpoolctl import threadpool_limits
 
     groups = whole(groups)
-    # L-BFGS is thousands of small products: BLAS threads that wait for each other cost it up to twenty times the time. Checks of what is known to
-    # be finite would cost small fits a third of theirs.
+    # L-BFGS is thousands of small products: BLAS threads that wait for each other cost it up to twenty times the time.
+    # Checks of what is known to be finite would cost small fits a third of theirs.
     with threadpool_limits(1), config_context(assume_finite=True, skip_parameter_validation=True):
         if len(x) >= x.shape[1]:
             return _fit(x, y, k, groups, level, measure, seed)
-        # Fewer labels than dimensions: weights under a quadratic penalty lie in the span of the labelled, also those of each
-        # fold. In coordinates of that span the problem is the same, and many times smaller.
+        # Fewer labels than dimensions: weights under a quadratic penalty lie in the span of the labelled, also those of
+        # each fold. In coordinates of that span the problem is the same, and many times smaller.
         basis, coordinates = np.linalg.qr(x.T.astype(np.float64))
         fit = _fit(coordinates.T, y, k, groups, level, measure, seed)
         return replace(fit, coef=fit.coef @ basis.T)
@@ -139,13 +144,15 @@ def _fit(
 def _procedure(
     x: Features, y: Int64Array, k: int, groups: Int64Array | None, calibrate: bool, least: int, seed: int
 ) -> _Model:
-    """A model out of labels, with penalty and calibration chosen by those labels alone; ``least`` as of :func:`class_folds`."""
+    """A model out of labels, with penalty and calibration chosen by those labels alone; ``least`` as of
+    :func:`class_folds`."""
     penalty, unseen = _choose_penalty(x, y, k, groups, least, seed)
     if calibrate and len(y) > _TUNE_ROWS:
         # Models on a part of the labels are less sure than one on all of them will be.
         folds, _ = class_folds(y, k, groups, _INNER_FOLDS if len(y) <= _MANY else 2, seed, least=least)
         unseen = [(_logits(x[test], *_solve(x[train], y[train], k, penalty)), y[test]) for train, test in folds]
-    temperature, bias = 1.0, np.zeros(k)
+    temperature: float = 1.0
+    bias: Float64Array = np.zeros(k)
     if calibrate and unseen:
         temperature, bias = _calibrate(
             np.concatenate([z for z, _ in unseen]), np.concatenate([t for _, t in unseen]), k
@@ -185,8 +192,8 @@ def _path(
 def _choose_penalty(
     x: Features, y: Int64Array, k: int, groups: Int64Array | None, least: int, seed: int
 ) -> tuple[float, list[tuple[Float64Array, Int64Array]]]:
-    """The penalty with the smallest cross-validated log loss, classes weighing the same, and the stronger of equals; and for each fold the logits that a
-    model with that penalty gives to what it had not seen, with the classes."""
+    """The penalty with the smallest cross-validated log loss, classes weighing the same, and the stronger of equals;
+    and for each fold the logits that a model with that penalty gives to what it had not seen, with the classes."""
     from scipy.special import logsumexp
 
     rows = _part(y, k, seed)
@@ -211,7 +218,8 @@ def _choose_penalty(
 
 
 def _part(y: Int64Array, k: int, seed: int) -> Int64Array:
-    """Up to :data:`_TUNE_ROWS` rows, rare classes first in full: each class gets the same room, and leaves what it does not need."""
+    """Up to :data:`_TUNE_ROWS` rows, rare classes first in full: each class gets the same room, and leaves what it does
+    not need."""
     if len(y) <= _TUNE_ROWS:
         return np.arange(len(y))
     rng = np.random.default_rng(seed)

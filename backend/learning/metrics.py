@@ -1,11 +1,14 @@
-"""How good a head is, with intervals; every number from answers to labels that the answering model had not seen, nor anything of their patients.
+"""How good a head is, with intervals; every number from answers to labels that the answering model had not seen, nor
+anything of their patients.
 
-Intervals hold 95 %. They count patients, not slides, where these are known (for tiles: slides, or patients): percentile bootstrap over them (Efron &
-Tibshirani 1993), but never narrower than with one trial for each of them: a class's recall as a proportion (Wilson 1927), the balanced accuracy as the mean of
-such proportions (Zou & Donner 2008), since a head that is right about every one of a few slides would have a bootstrap interval without width.
+Intervals hold 95 %. They count patients, not slides, where these are known (for tiles: slides, or patients): percentile
+bootstrap over them (Efron & Tibshirani 1993), but never narrower than with one trial for each of them: a class's recall
+as a proportion (Wilson 1927), the balanced accuracy as the mean of such proportions (Zou & Donner 2008), since a head
+that is right about every one of a few slides would have a bootstrap interval without width.
 
-A class's precision (positive predictive value) depends on how frequent the classes are. It follows from the recalls at the frequencies that the head assumes
-(Bayes), and its interval from draws of each recall's Jeffreys posterior (Brown, Cai, DasGupta 2001), and of the frequencies where they were counted.
+A class's precision (positive predictive value) depends on how frequent the classes are. It follows from the recalls at
+the frequencies that the head assumes (Bayes), and its interval from draws of each recall's Jeffreys posterior (Brown,
+Cai, DasGupta 2001), and of the frequencies where they were counted.
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def wilson(hits: float, n: float) -> tuple[float, float]:
 
 
 def mean_of_proportions(hits: AnyArray, counts: AnyArray) -> tuple[float, float]:
-    """The 95 % interval of the mean of independent proportions, from their score intervals (Zou & Donner 2008); each count is at least 1."""
+    """The 95 % interval of the mean of independent proportions, from their score intervals (Zou & Donner 2008); each
+    count is at least 1."""
     parts = hits / counts
     limits = np.array([wilson(float(h), float(n)) for h, n in zip(hits, counts, strict=True)])
     down, up = np.sqrt(((parts - limits[:, 0]) ** 2).sum()), np.sqrt(((limits[:, 1] - parts) ** 2).sum())
@@ -89,7 +93,8 @@ def choice_metrics(
     classes
         The K names.
     prior
-        float64 (K,): how frequent the classes are taken to be; ``None``: alike for the confidence, and as labelled for the precision.
+        float64 (K,): how frequent the classes are taken to be; ``None``: alike for the confidence, and as labelled for
+        the precision.
     stated
         Whether the project states that; otherwise it is as uncertain as the share of each class among so many labels.
     groups
@@ -99,8 +104,9 @@ def choice_metrics(
 
     Returns
     -------
-    ``balanced_accuracy``, ``auroc`` (macro, one against the rest), ``ece`` (with classes as frequent as ``prior``) as ``[value, low, high]``; ``ece_as_labelled``
-    (as frequent as labelled); ``per_class`` with ``n``, ``groups``, ``recall``, ``precision``, ``auroc`` and ``prevalence``: ``labelled`` and ``assumed``.
+    ``balanced_accuracy``, ``auroc`` (macro, one against the rest), ``ece`` (with classes as frequent as ``prior``) as
+    ``[value, low, high]``; ``ece_as_labelled`` (as frequent as labelled); ``per_class`` with ``n``, ``groups``,
+    ``recall``, ``precision``, ``auroc`` and ``prevalence``: ``labelled`` and ``assumed``.
     """
     k = len(classes)
     counts = np.bincount(labels, minlength=k)
@@ -169,10 +175,11 @@ def _precision(
     tested: Int64Array,
     seed: int,
 ) -> dict[int, list[float]]:
-    """By class, how many of those called so are so, as ``[value, low, high]``; classes that were never said are left out.
+    """By class, how many of those called so are so, as ``[value, low, high]``; classes that were never said are left
+    out.
 
-    ``said`` float64 (T, K): of each of the T ``tested`` classes the part that was called each class, in so many ``trials``; ``prior`` float64 (T,),
-    which follows from counting ``seen`` float64 (T,) where that is given.
+    ``said`` float64 (T, K): of each of the T ``tested`` classes the part that was called each class, in so many
+    ``trials``; ``prior`` float64 (T,), which follows from counting ``seen`` float64 (T,) where that is given.
     """
     rng = np.random.default_rng(seed)
     prior = prior / prior.sum()
@@ -193,7 +200,8 @@ def _precision(
 def number_metrics(
     predicted: Float64Array, truth: Float64Array, *, groups: Int64Array | None = None, seed: int = 0
 ) -> dict[str, Any]:
-    """``mae`` (mean absolute error) and ``r2`` (against always saying the mean) as ``[value, low, high]``; ``groups`` as for :func:`choice_metrics`."""
+    """``mae`` (mean absolute error) and ``r2`` (against always saying the mean) as ``[value, low, high]``; ``groups``
+    as for :func:`choice_metrics`."""
 
     def measure(drawn: Float64Array) -> list[float]:
         total = drawn.sum()

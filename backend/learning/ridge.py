@@ -1,7 +1,8 @@
 """Ridge regression on standardised features, cross-validated and measured: what heads of numbers are made of.
 
-The penalty is the one with the smallest cross-validated error. What is measured is that choice together with the fit, by an outer cross-validation, as in
-:mod:`backend.learning.logistic`; no group, such as a patient, stands on both sides of any of these splits.
+The penalty is the one with the smallest cross-validated error. What is measured is that choice together with the fit,
+by an outer cross-validation, as in :mod:`backend.learning.logistic`; no group, such as a patient, stands on both sides
+of any of these splits.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class RidgeFit:
 
 
 def fit_ridge(x: Features, y: Float64Array, *, groups: Int64Array | None = None, seed: int = 0) -> RidgeFit:
-    """Fit on standardised float (N, D) features and float64 (N,) numbers; ``groups`` int64 (N,) are the patients of slides."""
+    """Fit on standardised float (N, D) features and float64 (N,) numbers; ``groups`` int64 (N,) are the patients of
+    slides."""
     from threadpoolctl import threadpool_limits
 
     groups = whole(groups)
@@ -76,7 +78,8 @@ def _solve(x: Features, y: Float64Array, alpha: float) -> tuple[Float64Array, fl
 
 
 def _choose_alpha(x: Features, y: Float64Array, groups: Int64Array | None, seed: int) -> float:
-    """The penalty with the smallest cross-validated squared error, on a part of many labels; with few, one group is left out at a time."""
+    """The penalty with the smallest cross-validated squared error, on a part of many labels; with few, one group is
+    left out at a time."""
     rows = np.sort(np.random.default_rng(seed).permutation(len(y))[:_TUNE_ROWS])
     x, y = np.asarray(x[rows], dtype=np.float64), y[rows]
     groups = None if groups is None else groups[rows]
@@ -95,11 +98,11 @@ def _choose_alpha(x: Features, y: Float64Array, groups: Int64Array | None, seed:
 
 
 def _spread(x: Float64Array, residuals: Float64Array, alpha: float, groups: Int64Array | None) -> Spread:
-    """How sure the regression is: x'(X'X + αI)⁻¹x = (|x|² - Σ s²/(s² + α) (v·x)²) / α for the eigenvectors v and eigenvalues s² of X'X; the
-    intercept adds 1/n.
+    """How sure the regression is: x'(X'X + αI)⁻¹x = (|x|² - Σ s²/(s² + α) (v·x)²) / α for the eigenvectors v and
+    eigenvalues s² of X'X; the intercept adds 1/n.
 
-    From the same leverages follow the errors of what is left out: residual / (1 - leverage) for one slide, (I - H)⁻¹ residuals for all slides of a patient,
-    where H holds the leverages between them.
+    From the same leverages follow the errors of what is left out: residual / (1 - leverage) for one slide, (I - H)⁻¹
+    residuals for all slides of a patient, where H holds the leverages between them.
     """
     n, d = x.shape
     x = x - x.mean(axis=0)

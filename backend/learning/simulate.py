@@ -1,7 +1,8 @@
 """Replays labelling on embeddings whose labels are known: how many labels each way of choosing the next slide needs.
 
-Every round the head is trained as it would be for annotators (the same function, the same least number of labels), judged by its balanced accuracy on
-items that are never labelled, and asked what to label next. Before there is a head, nothing is suggested: the accuracy is that of guessing.
+Every round the head is trained as it would be for annotators (the same function, the same least number of labels),
+judged by its balanced accuracy on items that are never labelled, and asked what to label next. Before there is a head,
+nothing is suggested: the accuracy is that of guessing.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ _HELD_OUT = 1 / 3
 
 @dataclass(frozen=True, eq=False)
 class KnownSet:
-    """Embeddings with known labels: float (N, D) and int64 (N,) from 0; ``held_out`` bool (N,) are judged, never labelled. ``groups`` int64
-    (N,): slides with the same number are of one patient, and on one side; ``None``: unknown."""
+    """Embeddings with known labels: float (N, D) and int64 (N,) from 0; ``held_out`` bool (N,) are judged, never
+    labelled. ``groups`` int64 (N,): slides with the same number are of one patient, and on one side; ``None``:
+    unknown."""
 
     name: str
     embeddings: AnyFloatArray
@@ -68,7 +70,8 @@ class Curves:
         return mean, mean - half, mean + half
 
     def labels_to_match_random(self, strategy: str) -> int | None:
-        """The least labels with which the strategy's mean accuracy is what random reaches with all of them; ``None``: it never is."""
+        """The least labels with which the strategy's mean accuracy is what random reaches with all of them; ``None``:
+        it never is."""
         goal = self.accuracy["random"].mean(axis=0)[-1]
         reached = np.flatnonzero(self.accuracy[strategy].mean(axis=0) >= goal)
         return int(self.n_labels[reached[0]]) if len(reached) else None
@@ -103,7 +106,8 @@ def digits(seed: int) -> KnownSet:
 def imbalanced(seed: int, n: int = 5000, dim: int = 768, positives: float = 0.05) -> KnownSet:
     """``n`` items to label and half as many held out, of which one in twenty is positive.
 
-    32 normal factors, in one direction of which positives lie four standard deviations away, mixed into ``dim`` values with noise of half their size.
+    32 normal factors, in one direction of which positives lie four standard deviations away, mixed into ``dim`` values
+    with noise of half their size.
     """
     rng = np.random.default_rng(seed)
     total, factors = n + n // 2, 32
@@ -117,8 +121,8 @@ def imbalanced(seed: int, n: int = 5000, dim: int = 768, positives: float = 0.05
 
 
 def from_file(path: Path) -> Callable[[int], KnownSet]:
-    """A set of one's own: an ``.npz`` with ``embeddings`` float (N, D) and ``labels`` (N,) of any names, and ``patients`` (N,) where they are known; a
-    third is held out, by seed, and no patient is in both parts."""
+    """A set of one's own: an ``.npz`` with ``embeddings`` float (N, D) and ``labels`` (N,) of any names, and
+    ``patients`` (N,) where they are known; a third is held out, by seed, and no patient is in both parts."""
     with np.load(path, allow_pickle=False) as data:
         embeddings, names, patients = data["embeddings"], data["labels"], data.get("patients")
     labels = np.unique(names, return_inverse=True)[1].astype(np.int64)
@@ -127,7 +131,8 @@ def from_file(path: Path) -> Callable[[int], KnownSet]:
 
 
 def replay(known: KnownSet, strategy: StrategyName, *, budget: int, batch_size: int, seed: int) -> Float64Array:
-    """float64 (budget / batch_size,): balanced accuracy on the held-out items after each round of ``batch_size`` labels."""
+    """float64 (budget / batch_size,): balanced accuracy on the held-out items after each round of ``batch_size``
+    labels."""
     rng = np.random.default_rng(seed)
     pool = np.flatnonzero(~known.held_out)
     x, y = known.embeddings[pool], known.labels[pool]

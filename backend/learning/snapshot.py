@@ -1,7 +1,8 @@
 """What the last training found out about every slide of a project, in one file: labels, suggestions, ranks, neighbours.
 
-``heads/<project>/slides.npz``: NumPy arrays and JSON texts, no pickles; written under another name and renamed. Training writes it; the HTTP and
-publishing processes read it, to say which labelled slides are like the one that is open, and to colour the map.
+``heads/<project>/slides.npz``: NumPy arrays and JSON texts, no pickles; written under another name and renamed.
+Training writes it; the HTTP and publishing processes read it, to say which labelled slides are like the one that is
+open, and to colour the map.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ Int64Array = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A labelled slide that is like another: its task, bag key, name, label in words, the cosine of the embeddings in [-1, 1], and whether it is known to be
-    of the same patient."""
+    """A labelled slide that is like another: its task, bag key, name, label in words, the cosine of the embeddings in
+    [-1, 1], and whether it is known to be of the same patient."""
 
     task: int
     key: str
@@ -74,7 +75,8 @@ class ProjectSnapshot:
     Attributes
     ----------
     about
-        JSON values: ``version``, ``fingerprint`` and ``created_at``, and what training reports (``too_few``, ``issues``, …).
+        JSON values: ``version``, ``fingerprint`` and ``created_at``, and what training reports (``too_few``,
+        ``issues``, …).
     tasks
         int64 (N,): Label Studio's task.
     keys, names
@@ -140,7 +142,8 @@ class ProjectSnapshot:
         return None if row is None else int(self.cluster[row])
 
     def neighbours(self, key: str, embedding: AnyFloatArray, *, k: int = 5) -> list[Neighbour]:
-        """The labelled slides most like that of ``key``, the nearest first, itself left out; ``embedding`` is float (D,)."""
+        """The labelled slides most like that of ``key``, the nearest first, itself left out; ``embedding`` is float
+        (D,)."""
         others = np.array([i for i, row in enumerate(self.labelled) if self.keys[row] != key], dtype=np.int64)
         if not len(others) or embedding.shape != self.embeddings.shape[1:]:
             return []
@@ -211,7 +214,8 @@ def read_snapshot(path: Path) -> ProjectSnapshot | None:
         It cannot be opened or read now, which is no damage.
     """
     try:
-        # Read whole before it is understood: NumPy and zipfile raise the system's errors for contents that are wrong, too.
+        # Read whole before it is understood: NumPy and zipfile raise the system's errors for contents that are wrong,
+        # too.
         with disk(_name(path)):
             data = path.read_bytes()
         with np.load(io.BytesIO(data), allow_pickle=False) as file:

@@ -1,4 +1,5 @@
-"""Parts of the labels to learn from and to be judged by, so that slides of one patient (or tiles of one slide) never stand on both sides.
+"""Parts of the labels to learn from and to be judged by, so that slides of one patient (or tiles of one slide) never
+stand on both sides.
 
 A *group* is what must not be parted: an int64 number for each label. Without groups each label is its own.
 """
@@ -30,7 +31,8 @@ class PatientGroups:
     Attributes
     ----------
     groups
-        int64 (N,): the same number for slides of one patient, and for tasks that show one slide; a number of its own for each slide without a patient.
+        int64 (N,): the same number for slides of one patient, and for tasks that show one slide; a number of its own
+        for each slide without a patient.
     slides
         How many different slides there are.
     unknown
@@ -96,8 +98,8 @@ def class_folds(
 ) -> tuple[list[Fold], str]:
     """Folds for int64 (N,) classes below ``k``; or none, and why.
 
-    Classes with fewer than ``least`` labels, or labels of fewer than ``least_groups`` groups, are not judged: they are in every part to learn from, but
-    for what shares a group with the other part.
+    Classes with fewer than ``least`` labels, or labels of fewer than ``least_groups`` groups, are not judged: they are
+    in every part to learn from, but for what shares a group with the other part.
     """
     counts = np.bincount(y, minlength=k)
     testable = counts >= least
@@ -153,7 +155,8 @@ def _split(y: Int64Array, groups: Int64Array | None, n: int, seed: int) -> Any:
     unique, of = np.unique(groups, return_inverse=True)
     if len(unique) <= _MANY_GROUPS:
         return StratifiedGroupKFold(n, shuffle=True, random_state=seed).split(y, y, groups)
-    # That takes a second for some thousand groups; with so many it is enough to spread those with the rarest classes evenly.
+    # That takes a second for some thousand groups; with so many it is enough to spread those with the rarest classes
+    # evenly.
     rarity = np.argsort(np.argsort(np.bincount(y)))[y]
     rarest = np.full(len(unique), rarity.max(), dtype=np.int64)
     np.minimum.at(rarest, of, rarity)

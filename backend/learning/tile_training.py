@@ -1,8 +1,9 @@
 """A head on tile latents, from any number of labelled tiles, in bounded memory.
 
-A million tiles come from some hundred slides, and neighbours are nearly copies: far fewer settle the 769 weights of a class. So the tiles are read once,
-in pieces, and an even sample of each class (a reservoir; every tile of a class has the same chance) is what the head is fitted, cross-validated and
-calibrated on. Classes weigh the same in all three, so sampling them at different rates does not bias the head; metrics "as labelled" are weighted back.
+A million tiles come from some hundred slides, and neighbours are nearly copies: far fewer settle the 769 weights of a
+class. So the tiles are read once, in pieces, and an even sample of each class (a reservoir; every tile of a class has
+the same chance) is what the head is fitted, cross-validated and calibrated on. Classes weigh the same in all three, so
+sampling them at different rates does not bias the head; metrics "as labelled" are weighted back.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ MIN_TILES = 20
 
 @dataclass(frozen=True, eq=False)
 class LabelledTiles:
-    """Labelled tiles of one slide: ``slide`` names it, ``latents`` float (n, D), ``labels`` n names; ``group`` is the same for slides of one
-    patient, ``None`` where that is not known."""
+    """Labelled tiles of one slide: ``slide`` names it, ``latents`` float (n, D), ``labels`` n names; ``group`` is the
+    same for slides of one patient, ``None`` where that is not known."""
 
     slide: object
     latents: AnyFloatArray
@@ -52,7 +53,8 @@ def fit_tile_head(
     control, classes, fingerprint
         As for :func:`backend.learning.training.fit_choice_head`.
     pieces
-        Labelled tiles slide by slide, read once; a generator keeps one slide in memory. A slide may come in several pieces.
+        Labelled tiles slide by slide, read once; a generator keeps one slide in memory. A slide may come in several
+        pieces.
     min_labels
         Labelled tiles needed in all.
     sample_tiles

@@ -1,6 +1,7 @@
 """From labels to heads: what a control needs before it is learnt, and the fit of each kind of answer.
 
-Too few labels are not an error: the result is then a :class:`TooFewLabels` that says how many more are needed, for panel and log.
+Too few labels are not an error: the result is then a :class:`TooFewLabels` that says how many more are needed, for
+panel and log.
 """
 
 from __future__ import annotations
@@ -90,10 +91,11 @@ def fit_choice_head(
     class_totals
         Labels of each class where ``labels`` are a sample of them.
     priors
-        How frequent classes are, each in (0, 1), as far as the project states it; see :mod:`backend.learning.prevalence`. Only for slides.
+        How frequent classes are, each in (0, 1), as far as the project states it; see
+        :mod:`backend.learning.prevalence`. Only for slides.
     background
-        float (M, D): all embeddings of the project; the standardisation is that of them instead of the labelled ones (few
-        labels tell little about scale).
+        float (M, D): all embeddings of the project; the standardisation is that of them instead of the labelled ones
+        (few labels tell little about scale).
     min_labels
         Labels needed in all.
     measure
@@ -163,8 +165,9 @@ def fit_choices_head(
 ) -> Head | TooFewLabels:
     """A head for several choices at once: a yes or no for each, learnt from the slides for which it is known.
 
-    As :func:`fit_choice_head`; ``labels`` are N mappings ``{choice: chosen}``, ``priors`` say how often each is chosen. Choices without two slides that have it and two that have not are left
-    out and listed in ``metrics["unseen"]``; with none left there is no head. Metrics are per choice, in ``metrics["choices"]``.
+    As :func:`fit_choice_head`; ``labels`` are N mappings ``{choice: chosen}``, ``priors`` say how often each is chosen.
+    Choices without two slides that have it and two that have not are left out and listed in ``metrics["unseen"]``; with
+    none left there is no head. Metrics are per choice, in ``metrics["choices"]``.
     """
     _check(embeddings, labels, names, background)
     known: dict[str, tuple[Int64Array, Int64Array]] = {}
@@ -236,8 +239,9 @@ def fit_number_head(
 ) -> Head | TooFewLabels:
     """A head for a number, by ridge regression whose penalty is chosen by cross-validation.
 
-    As :func:`fit_choice_head`, with N finite ``numbers``. ``rating``: whole numbers, within those seen. The tolerance of the confidence is half a
-    star for a rating, and half a standard deviation of the labels for other numbers. All labels being the same number counts as too few.
+    As :func:`fit_choice_head`, with N finite ``numbers``. ``rating``: whole numbers, within those seen. The tolerance
+    of the confidence is half a star for a rating, and half a standard deviation of the labels for other numbers. All
+    labels being the same number counts as too few.
     """
     _check(embeddings, numbers, names, background)
     y = np.array(numbers, dtype=np.float64)
@@ -274,7 +278,8 @@ def fit_number_head(
 def _metrics(
     fit: LogisticFit, classes: Sequence[str], prior: Float64Array | None, stated: bool, labelled: Int64Array, seed: int
 ) -> dict[str, Any]:
-    """What can be measured of a fit; ``prior``, ``stated`` and ``labelled`` as for :func:`~backend.learning.metrics.choice_metrics`."""
+    """What can be measured of a fit; ``prior``, ``stated`` and ``labelled`` as for
+    :func:`~backend.learning.metrics.choice_metrics`."""
     if fit.tested is None:
         return {"measured": False, "reason": fit.reason or "not asked for", "penalty": fit.about["penalty"]}
     found = choice_metrics(

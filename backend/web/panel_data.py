@@ -30,8 +30,9 @@ Extras = Callable[[int | None, str, BagResult | None], Mapping[str, Any]]
 """From the address's project, a bag key and its result, if there is one, to more members of the panel's JSON.
 
 ``suggestion``: ``model_version``, and ``controls``, one for each trained control: ``control``, ``kind`` (``choice``, ``choices``, ``number``,
-``rating``), ``value``, ``confidence`` in [0, 1], ``choices`` (``{"label", "confidence", "figures"}``, the most confident first; empty for numbers;
-``figures`` as of :class:`~backend.learning.figures.ClassFigures`, ``None`` where nothing was measured), ``notes`` (sentences on how often it is right),
+``rating``), ``value``, ``confidence`` in [0, 1], ``choices`` (``{"label", "confidence", "figures"}``, the most
+confident first; empty for numbers; ``figures`` as of :class:`~backend.learning.figures.ClassFigures`, ``None`` where
+nothing was measured), ``notes`` (sentences on how often it is right),
 ``tolerance`` (of a number: the confidence is that of being so near), ``calibrated``, and ``labels``, how many it learnt from.
 ``similar``: ``[{"name": str, "label": str, "similarity": float, "same_patient": bool, "panel": str, "picture": str}, …]``, the nearest first; ``panel`` and
 ``picture`` are addresses, '' where there is none. ``learning``: lines that say what training needs. The page shows what is there and

@@ -1,7 +1,8 @@
-"""What the panel says beside the slide: what trained heads suggest, which labelled slides are like it, what training still needs.
+"""What the panel says beside the slide: what trained heads suggest, which labelled slides are like it, what training
+still needs.
 
-Computed from stored heads, the stored embedding and the snapshot of the last training; Label Studio is not asked. What cannot be read is
-said in a line, and the rest of the panel is shown all the same.
+Computed from stored heads, the stored embedding and the snapshot of the last training; Label Studio is not asked. What
+cannot be read is said in a line, and the rest of the panel is shown all the same.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class LearntExtras:
         self._lock = threading.Lock()
 
     def __call__(self, project: int | None, key: str, result: BagResult | None) -> Mapping[str, Any]:
-        """``suggestion``, ``similar`` and ``learning``, as far as there are any; see :data:`~backend.web.panel_data.Extras`."""
+        """``suggestion``, ``similar`` and ``learning``, as far as there are any; see
+        :data:`~backend.web.panel_data.Extras`."""
         if result is None:
             return {}
         try:
@@ -141,7 +143,8 @@ class LearntExtras:
 
 
 def suggestion_json(head: Head, embedding: Float32Array) -> dict[str, Any]:
-    """What a head says of one slide, JSON values only: a member of ``suggestion.controls``, see :data:`~backend.web.panel_data.Extras`.
+    """What a head says of one slide, JSON values only: a member of ``suggestion.controls``, see
+    :data:`~backend.web.panel_data.Extras`.
 
     Raises
     ------

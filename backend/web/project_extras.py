@@ -1,4 +1,5 @@
-"""What the overview says of a project's learning: the curve over its versions, the heads in use, what is missing, the training."""
+"""What the overview says of a project's learning: the curve over its versions, the heads in use, what is missing, the
+training."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ _Stamp = tuple[int, int, int]
 class Headline:
     """The one number by which a head is judged, with its 95 % interval where there is one.
 
-    ``metric``: ``balanced_accuracy`` (for several choices its mean over them) or ``r2``, as in :mod:`backend.learning.metrics`.
+    ``metric``: ``balanced_accuracy`` (for several choices its mean over them) or ``r2``, as in
+    :mod:`backend.learning.metrics`.
     """
 
     metric: str
@@ -66,17 +68,19 @@ class ProjectLearning:
         ``version``
             The project's model version.
         ``heads``
-            In use: ``control``, ``level``, ``kind``, ``classes``, ``labels`` (how many it learnt from), ``calibrated``, ``metric``, ``score``, ``low``,
-            ``high`` (all ``None`` if not measured), ``mae`` (of numbers), ``reason`` (why it was not measured), ``patients`` (what the validation knew of them, in
-            words), ``figures`` (of each measured class, see :class:`~backend.learning.figures.ClassFigures`).
+            In use: ``control``, ``level``, ``kind``, ``classes``, ``labels`` (how many it learnt from), ``calibrated``,
+            ``metric``, ``score``, ``low``, ``high`` (all ``None`` if not measured), ``mae`` (of numbers), ``reason``
+            (why it was not measured), ``patients`` (what the validation knew of them, in words), ``figures`` (of each
+            measured class, see :class:`~backend.learning.figures.ClassFigures`).
         ``curve``
-            Measured heads of all versions, oldest first: ``labelled``, ``score``, ``low``, ``high``, ``metric``, ``chance`` (what guessing would
-            score), ``model_version``, ``control``, ``level``, ``patients`` (as for the heads).
+            Measured heads of all versions, oldest first: ``labelled``, ``score``, ``low``, ``high``, ``metric``,
+            ``chance`` (what guessing would score), ``model_version``, ``control``, ``level``, ``patients`` (as for the
+            heads).
         ``too_few``
             What the other controls still need, in words.
         ``training``
-            ``status`` (``scheduled``, ``queued``, ``running``, ``finished``, ``failed``, or ``unknown`` where Redis does not answer), ``reason`` and
-            ``ended_at``; ``None`` if none is listed.
+            ``status`` (``scheduled``, ``queued``, ``running``, ``finished``, ``failed``, or ``unknown`` where Redis
+            does not answer), ``reason`` and ``ended_at``; ``None`` if none is listed.
         ``learning_problem``
             What cannot be read, '' for nothing.
         """

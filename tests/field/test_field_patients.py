@@ -1,4 +1,5 @@
-"""Patients and prevalence: figures that hold for patients who were not seen, and confidence that holds for an archive."""
+"""Patients and prevalence: figures that hold for patients who were not seen, and confidence that holds for an
+archive."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ PRINT = "f" * 40
 
 
 def patients_of_slides(seed: int, patients: int = 40, each: int = 3) -> tuple[Any, Any, Any]:
-    """Embeddings of nearly identical slides of each patient, a label at random for each patient, and whose each slide is."""
+    """Embeddings of nearly identical slides of each patient, a label at random for each patient, and whose each slide
+    is."""
     rng = np.random.default_rng(seed)
     whose = np.repeat(np.arange(patients), each)
     look = rng.normal(size=(patients, 64))
