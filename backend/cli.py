@@ -220,6 +220,12 @@ def doctor(
     slides: Annotated[list[Path] | None, typer.Argument(help="Slides to look at.", show_default=False)] = None,
     mpp: Mpp = None,
     force: Force = False,
+    picture: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a picture of each slide with its tissue outlined into this folder.", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Check licence, checkpoint, devices, Redis, workers, Label Studio and slides; say what is missing and what to do."""
     from backend.commands.doctor import examine
@@ -228,7 +234,7 @@ def doctor(
     table = Table(show_header=False, box=None, padding=(0, 1))
     problems = 0
     with console.status("Looking around"):
-        for finding in examine(load_settings(), slides or [], mpp, force=forced(mpp, force)):
+        for finding in examine(load_settings(), slides or [], mpp, force=forced(mpp, force), pictures=picture):
             problems += finding.verdict == "problem"
             table.add_row(signs[finding.verdict], escape(finding.subject), escape(finding.text))
     console.print(table)

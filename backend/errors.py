@@ -174,6 +174,12 @@ class NoTissue(SlideError):
     code = "no_tissue"
 
 
+class TissueMaskInvalid(SlideError):
+    """The tissue mask that was given with a slide cannot be used: unreadable, empty, too large, or of another slide."""
+
+    code = "tissue_mask_invalid"
+
+
 class TileOutside(SlideError):
     """The deep-zoom tile or region that was asked for does not lie on the slide."""
 

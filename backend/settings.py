@@ -68,7 +68,7 @@ class Settings(BaseSettings):
         0.25, ge=0, le=1, description="A tile is analysed if at least this part of it is tissue."
     )
     tissue_pen_rules: bool = Field(
-        True, description="Remove pen marks (saturated blue, green, red, black ink) from the tissue mask."
+        True, description="Leave out pen marks: what is blue, green, red or black, and as even as ink is."
     )
     image_max_pixels: int = Field(
         400_000_000,

@@ -77,6 +77,7 @@ def test_predict_writes_heatmap_regions_geojson_and_hdf5(
         "regions.json",
         "result.h5",
         "tiles.geojson",
+        "tissue.png",
     ]
     with h5py.File(folder / "result.h5") as h5:
         tiles = len(h5["coords"])

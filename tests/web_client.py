@@ -17,6 +17,7 @@ from backend.results.bag import SLIDE_REF, BagResult
 from backend.settings import Settings, load_settings
 from backend.slides.reader import open_slide
 from backend.slides.tiling import make_bag
+from backend.slides.tissue_file import tissue_file_beside
 from backend.web.server import ServerThread, bind
 
 CONFIG = """<View>
@@ -63,7 +64,7 @@ def served(
 def store_result(services: Services, slide: Path, *, mpp: float | None = None) -> str:
     """Put a made-up result for a slide into the store, as a worker would have; returns its key."""
     with open_slide(slide, services.settings) as opened:
-        bag = make_bag(opened, services.settings, task_mpp=mpp)
+        bag = make_bag(opened, services.settings, task_mpp=mpp, tissue_file=tissue_file_beside(slide))
     rng = np.random.default_rng(0)
     ref = services.resolver.resolve(str(slide), mpp=mpp)
     result = BagResult(

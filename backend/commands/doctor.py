@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import httpx
+from PIL import Image
 
 from backend.commands.hints import explain
 from backend.errors import BackendError, LicenceNotAccepted
@@ -27,7 +28,10 @@ from backend.results.bag import MppSource
 from backend.results.store import ResultStore
 from backend.settings import Settings, licence_accepted
 from backend.slides.reader import open_slide
-from backend.slides.tiling import make_bag
+from backend.slides.render import SHOWN_MAX_PX
+from backend.slides.tiling import locate_tissue, make_bag, slide_mpp
+from backend.slides.tissue_file import tissue_file_beside
+from backend.slides.tissue_picture import draw_tissue
 
 Verdict = Literal["ok", "warning", "problem"]
 _PACKAGES = ("torch", "torchvision", MMM_DISTRIBUTION, "m3-sdk", "label-studio-ml", "label-studio-sdk", "redis", "rq")
@@ -44,11 +48,17 @@ class Finding:
 
 
 def examine(
-    settings: Settings, slides: Sequence[StrPath], mpp: float | None = None, *, force: bool = False
+    settings: Settings,
+    slides: Sequence[StrPath],
+    mpp: float | None = None,
+    *,
+    force: bool = False,
+    pictures: StrPath | None = None,
 ) -> Iterator[Finding]:
     """All findings, one after the other. Nothing here raises: a failed check is a finding.
 
-    ``mpp`` is µm per pixel of slides that do not say; with ``force`` of all.
+    ``mpp`` is µm per pixel of slides that do not say; with ``force`` of all. ``pictures``: a folder into which a picture
+    of each slide with its tissue is written.
     """
     yield from _packages()
     yield _licence()
@@ -60,6 +70,8 @@ def examine(
     yield _roots(settings)
     for slide in slides:
         yield from _slide(settings, Path(slide), mpp, force)
+        if pictures is not None:
+            yield _picture(settings, Path(slide), mpp, force, Path(pictures))
 
 
 def _packages() -> Iterator[Finding]:
@@ -211,7 +223,7 @@ def _slide(settings: Settings, path: Path, mpp: float | None, force: bool) -> It
         with open_slide(path, settings) as slide:
             width, height = slide.size
             facts = f"{slide.reader}, {width} × {height} px"
-            bag = make_bag(slide, settings, task_mpp=mpp, mpp_override=force)
+            bag = make_bag(slide, settings, task_mpp=mpp, mpp_override=force, tissue_file=tissue_file_beside(path))
     except BackendError as error:
         yield Finding("problem", path.name, explain(error))
         return
@@ -228,3 +240,21 @@ def _slide(settings: Settings, path: Path, mpp: float | None, force: bool) -> It
 
 def _said_by(source: MppSource) -> str:
     return {"task": "from --mpp", "forced": "forced by --mpp"}.get(source, f"from the {source}")
+
+
+def _picture(settings: Settings, path: Path, mpp: float | None, force: bool, folder: Path) -> Finding:
+    """A picture of what is taken for tissue, and what for ink: above all where no tile was found."""
+    # Not `NAME.tissue.png`: that would be a mask, should the folder be that of the slides.
+    target = folder / f"{path.name}-tissue.png"
+    try:
+        with open_slide(path, settings) as slide:
+            scale, _ = slide_mpp(slide, settings, task_mpp=mpp, mpp_override=force)
+            _, record, _ = locate_tissue(slide, settings, scale, tissue_file_beside(path))
+            picture = draw_tissue(Image.fromarray(slide.overview(SHOWN_MAX_PX)), record)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(target, "PNG")
+    except BackendError as error:
+        return Finding("problem", path.name, f"no picture of its tissue: {explain(error)}")
+    except OSError as error:
+        return Finding("problem", path.name, f"{target} cannot be written: {error.strerror}")
+    return Finding("ok", path.name, f"its tissue: {target}")

@@ -38,13 +38,15 @@ from backend.slides.reader import open_slide
 from backend.slides.render import SHOWN_MAX_PX, overlay, shown_size
 from backend.slides.source import SlideRef, file_identity
 from backend.slides.tiling import slide_grid
+from backend.slides.tissue_file import tissue_file_beside
+from backend.slides.tissue_picture import draw_tissue
 
 if TYPE_CHECKING:  # a call that finds all results there loads no torch
     from backend.inference.engine import Engine
 
 log = logging.getLogger(__name__)
 
-PICTURE, REGIONS, TILES = "heatmap.png", "regions.json", "tiles.geojson"
+PICTURE, TISSUE, REGIONS, TILES = "heatmap.png", "tissue.png", "regions.json", "tiles.geojson"
 
 Origin = Literal["analysed", "folder", "store"]
 
@@ -87,8 +89,9 @@ def predict_files(
     """Analyse each slide and write its files into ``out/<name of the slide>/``, with a suffix where another slide has
     that name.
 
-    Written are ``heatmap.png`` (attention over the slide), ``regions.json`` (a Label Studio prediction for the default
-    labelling config), ``tiles.geojson`` (for QuPath) and ``result.h5``. All slides are opened first, so that what is
+    Written are ``heatmap.png`` (attention over the slide), ``tissue.png`` (what was taken for tissue, and what for
+    ink), ``regions.json`` (a Label Studio prediction for the default labelling config), ``tiles.geojson`` (for QuPath)
+    and ``result.h5``. A mask of tissue that lies beside a slide is used. All slides are opened first, so that what is
     wrong with one is said before the long work. A slide that fails does not stop the others.
 
     Parameters
@@ -173,6 +176,9 @@ class _Call:
         """The bag key of a slide; raises what can be found wrong with it before its tissue is looked for."""
         real = os.path.realpath(slide)
         ref = SlideRef("file", (real,), file_identity(real), mpp=self._mpp, mpp_override=self._force)
+        if (mask := tissue_file_beside(real)) is not None:
+            location = os.path.realpath(mask)
+            ref = replace(ref, tissue=location, tissue_identity=file_identity(location))
         # Without a scale from outside the key is known without opening the slide.
         if self._mpp is None and self._is_there(slide, key := bag_key(ref, self._model, self._settings)):
             return key
@@ -199,8 +205,15 @@ class _Call:
         check_writable(self._out)  # before minutes of analysis, once for each slide
         stored = None if self._again else self._stored(key)
         mpp = None if slide in self._unused else self._mpp
+        mask = tissue_file_beside(slide)
         result = stored or analyse_file(
-            slide, self._settings, self._loaded(), progress, task_mpp=mpp, mpp_override=self._force
+            slide,
+            self._settings,
+            self._loaded(),
+            progress,
+            task_mpp=mpp,
+            mpp_override=self._force,
+            tissue_file=mask,
         )
         progress("write", len(result.bag), len(result.bag))
         folder = self._write(slide, key, result, folder)
@@ -232,7 +245,7 @@ class _Call:
         result = replace(result, provenance=dict(sorted(provenance.items())))  # as it is read back
         if written_there(folder)[0] == slide_id(slide):
             with writing_to(folder):
-                for name in (PICTURE, REGIONS, TILES):  # of the result that is replaced
+                for name in (PICTURE, TISSUE, REGIONS, TILES):  # of the result that is replaced
                     (folder / name).unlink(missing_ok=True)
         folder = self._folders.write(result, slide, folder)
         write_derived(slide, result, folder, self._settings, level0=self._level0)
@@ -259,9 +272,12 @@ def write_derived(
     slide, folder = Path(slide), Path(folder)
     if picture:
         with open_slide(slide, settings) as opened:
-            heatmap = overlay(Image.fromarray(opened.overview(SHOWN_MAX_PX)), result)
+            overview = Image.fromarray(opened.overview(SHOWN_MAX_PX))
+        if result.bag.tissue is not None:  # earlier results do not say it
+            with writing_to(folder), whole_file(folder / TISSUE) as temporary:
+                draw_tissue(overview, result.bag.tissue).save(temporary, "PNG")
         with writing_to(folder), whole_file(folder / PICTURE) as temporary:
-            heatmap.save(temporary, "PNG")
+            overlay(overview, result).save(temporary, "PNG")
     config_xml = load_template("triage")
     size = shown_size(result.bag.slide_size)
     prediction = predict_regions(

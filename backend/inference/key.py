@@ -12,7 +12,8 @@ ANALYSIS_VERSION = 3
 
 
 def bag_key(ref: SlideRef, model: ModelIdentity, settings: Settings) -> str:
-    """40 hexadecimal digits over the slide's identity, the tiling and tissue settings, and the model's fingerprint."""
+    """40 hexadecimal digits over the slide's identity and that of its tissue mask, the tiling and tissue settings, and
+    the model's fingerprint."""
     return digest(
         {
             "analysis": ANALYSIS_VERSION,
@@ -26,6 +27,7 @@ def bag_key(ref: SlideRef, model: ModelIdentity, settings: Settings) -> str:
             "tissue_mpp": settings.tissue_mpp,
             "tissue_min_fraction": settings.tissue_min_fraction,
             "tissue_pen_rules": settings.tissue_pen_rules,
+            "tissue": ref.tissue_identity,
             "model": model.fingerprint,
         }
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from backend.errors import ModelMismatch
 from backend.inference.key import bag_key
 from backend.paths import StrPath
-from backend.results.bag import BAG_KEY, SLIDE_REF, BagResult
+from backend.results.bag import BAG_KEY, SLIDE_REF, Bag, BagResult
 from backend.results.store import ResultStore
 from backend.settings import Settings
 from backend.slides.reader import open_slide
@@ -49,13 +49,23 @@ def analyse_ref(
             hint="Give backend and workers the same MODEL, PRECISION, DEFAULT_MPP, TILE_… and TISSUE_… and restart both.",
         )
     progress("fetch", 0, 0)
-    paths = (resolver or SourceResolver(settings)).fetch(ref)
+    paths, tissue_file = (resolver or SourceResolver(settings)).fetch_with_tissue(ref)
     if ref.kind == "patches":
         result = analyse_patches(paths, settings, engine, progress)
     else:
-        result = analyse_file(paths[0], settings, engine, progress, task_mpp=ref.mpp, mpp_override=ref.mpp_override)
+        result = analyse_file(
+            paths[0],
+            settings,
+            engine,
+            progress,
+            task_mpp=ref.mpp,
+            mpp_override=ref.mpp_override,
+            tissue_file=tissue_file,
+        )
     result = replace(result, provenance={**result.provenance, BAG_KEY: key})
-    if not any("?" in location for location in ref.locations):  # an address may carry a password in its query
+    if not any(
+        "?" in location for location in (*ref.locations, ref.tissue or "")
+    ):  # an address may carry a password in its query
         result = replace(result, provenance={**result.provenance, SLIDE_REF: json.dumps(ref.to_json())})
     progress("store", len(result.bag), len(result.bag))
     store.put(key, result)
@@ -70,14 +80,24 @@ def analyse_file(
     *,
     task_mpp: float | None = None,
     mpp_override: bool = False,
+    tissue_file: StrPath | None = None,
 ) -> BagResult:
-    """Analyse one slide file. ``task_mpp``: µm per pixel for a file that does not say; with ``mpp_override`` also for one that does."""
+    """Analyse one slide file.
+
+    Parameters
+    ----------
+    task_mpp
+        µm per pixel for a file that does not say; with ``mpp_override`` also for one that does.
+    tissue_file
+        A mask of tissue that is used in place of what would be found.
+    """
     path = Path(path)
     started = time.time()
     progress("open", 0, 0)
     with open_slide(path, settings) as slide:
         progress("tissue", 0, 0)
-        bag = make_bag(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
+        mask = None if tissue_file is None else Path(tissue_file)
+        bag = make_bag(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override, tissue_file=mask)
         progress("encode", 0, len(bag))
         tiles = read_tiles(slide, bag, chunk=engine.batch_tiles, threads=settings.read_threads)
         try:
@@ -92,6 +112,7 @@ def analyse_file(
                     "tissue_mpp": settings.tissue_mpp,
                     "tissue_min_fraction": settings.tissue_min_fraction,
                     "tissue_pen_rules": settings.tissue_pen_rules,
+                    **_tissue(bag),
                 },
             )
             # Who reads the pixels may change while they are read.
@@ -123,6 +144,16 @@ def analyse_patches(paths: Sequence[StrPath], settings: Settings, engine: Engine
         )
     finally:
         tiles.close()
+
+
+def _tissue(bag: Bag) -> dict[str, str | float]:
+    if bag.tissue is None:
+        return {}
+    return {
+        "tissue_source": bag.tissue.source,
+        "tissue_share": bag.tissue.share,
+        "tissue_ink_share": bag.tissue.ink_share,
+    }
 
 
 def _when(started: float) -> dict[str, str]:

@@ -30,7 +30,15 @@ def slide_ref(services: Services, config: LabelingConfig, data: TaskData) -> Sli
     location = config.slide_location(data)
     value = list(location) if isinstance(location, tuple) else location
     mpp = _task_mpp(data)
-    return services.resolver.resolve(value, mpp=mpp, mpp_override=_task_override(data, mpp))
+    override = _task_override(data, mpp)
+    return services.resolver.resolve(value, mpp=mpp, mpp_override=override, tissue=_task_tissue(data))
+
+
+def _task_tissue(data: TaskData) -> str | None:
+    """Where the task's field ``tissue`` says that a mask lies. Others use that name for an organ: "lung/left" is no mask."""
+    value = data.get("tissue")
+    named = isinstance(value, str) and urlsplit(value).path.lower().endswith((".geojson", ".json", ".png"))
+    return value if named else None
 
 
 def _task_mpp(data: TaskData) -> float | None:

@@ -17,6 +17,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from backend.results.tissue_record import TissueRecord
+
 Int64Array = npt.NDArray[np.int64]
 Float16Array = npt.NDArray[np.float16]
 Float32Array = npt.NDArray[np.float32]
@@ -67,6 +69,8 @@ class Bag:
         not start there: they are always those of level 0.
     notes
         What a rule took away or overruled (a level, ink, a scale), a sentence each, for people: ``doctor``, the summary and the provenance show them.
+    tissue
+        What was taken for tissue; ``None`` for patches and in earlier results.
     """
 
     kind: BagKind
@@ -82,6 +86,7 @@ class Bag:
     patch_sizes: Int64Array | None = None
     bounds: tuple[int, int, int, int] | None = None
     notes: tuple[str, ...] = ()
+    tissue: TissueRecord | None = None
 
     def __post_init__(self) -> None:
         n = len(self.coords)

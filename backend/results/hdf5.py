@@ -11,6 +11,9 @@ dataset               dtype    shape     meaning
 ``attention_logits``  float32  (N, H)    attention before the softmax
 ``slide_embedding``   float32  (D,)      the slide vector
 ``patch_sizes``       int64    (N, 2)    width, height of each patch; only in a bag of patches
+``tissue``            uint8    (B,)      the bytes of a PNG over the slide's rectangle: 0 glass, 1 tissue, 2 taken as
+                                         ink; attributes ``source``, ``share`` (of the slide), ``ink_share`` (of what
+                                         is not glass); not in earlier files
 ====================  =======  ========  ==================================================
 
 The root attribute ``bag`` holds the bag's scalars and ``provenance`` how the result came about, both as JSON. The datasets carry HDF5's own Fletcher-32
@@ -35,6 +38,7 @@ from backend.errors import ResultDamaged, StoreUnavailable
 from backend.paths import StrPath
 from backend.results.bag import Bag, BagResult, Float32Array
 from backend.results.seal import Range, make_seal, read_seal
+from backend.results.tissue_record import TissueRecord
 
 FORMAT_VERSION = 2
 _BAG_SCALARS = (
@@ -73,6 +77,8 @@ def write_hdf5(result: BagResult, file: StrPath | BinaryIO) -> None:
         }
         if bag.patch_sizes is not None:
             arrays["patch_sizes"] = bag.patch_sizes
+        if bag.tissue is not None:
+            arrays["tissue"] = np.frombuffer(bag.tissue.png, np.uint8)
         for name, array in arrays.items():
             # Checksums need chunks; a chunk of about 1 MB is read and checked at disk speed.
             rows = max(1, min(len(array), 1_000_000 // max(1, array.nbytes // max(1, len(array)))))
@@ -82,6 +88,9 @@ def write_hdf5(result: BagResult, file: StrPath | BinaryIO) -> None:
         h5["coords"].attrs["patch_size_level0"] = bag.tile_size_level0
         if bag.bounds is not None:
             h5["coords"].attrs["bounds"] = bag.bounds
+        if bag.tissue is not None:
+            for name in _TISSUE_SCALARS:
+                h5["tissue"].attrs[name] = getattr(bag.tissue, name)
         features = _chunks(h5["features"])
     seal = make_seal(file, result.slide_embedding, features)
     file.seek(0, os.SEEK_END)
@@ -131,6 +140,7 @@ def read_hdf5(file: StrPath | BinaryIO, *, latents: bool = True) -> BagResult:
                 coords=_array(h5, "coords", size),
                 grid=_array(h5, "grid", size),
                 patch_sizes=_array(h5, "patch_sizes", size) if "patch_sizes" in h5 else None,
+                tissue=_tissue(h5, size) if "tissue" in h5 else None,
                 **scalars,
             )
             features = _array(h5, "features", size) if latents else np.empty((len(bag), 0), np.float16)
@@ -150,7 +160,9 @@ _DATASETS = {
     "attention_logits": ("f", 2),
     "slide_embedding": ("f", 1),
     "patch_sizes": ("i", 2),
+    "tissue": ("u", 1),
 }
+_TISSUE_SCALARS = ("source", "share", "ink_share")
 
 
 def _array(h5: h5py.File, name: str, file_bytes: int) -> npt.NDArray[Any]:
@@ -173,6 +185,12 @@ def _array(h5: h5py.File, name: str, file_bytes: int) -> npt.NDArray[Any]:
         raise ValueError(f"{name} is {dataset.nbytes} bytes long, which the file does not hold")
     array: npt.NDArray[Any] = dataset[:]
     return array
+
+
+def _tissue(h5: h5py.File, file_bytes: int) -> TissueRecord:
+    png = _array(h5, "tissue", file_bytes).astype(np.uint8).tobytes()
+    source, share, ink_share = (h5["tissue"].attrs[name] for name in _TISSUE_SCALARS)
+    return TissueRecord.kept(png, str(source), float(share), float(ink_share))
 
 
 def _size_of(file: StrPath | BinaryIO) -> int:

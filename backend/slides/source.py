@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast, get_args
 
@@ -23,6 +23,7 @@ from backend.settings import Settings
 from backend.slides.companions import check_companions, companion_files
 from backend.slides.download import DownloadCache, fsspec_identity, http_identity
 from backend.slides.places import Place, allowed_file, classify, shown
+from backend.slides.tissue_file import places_beside, tissue_file_beside
 
 SlideKind = Literal["file", "label_studio", "fsspec", "http", "patches"]
 
@@ -50,6 +51,10 @@ class SlideRef:
         µm per pixel as the task states it, if it does.
     mpp_override
         Whether the task's ``mpp`` holds even where the slide states another.
+    tissue
+        Where the mask of its tissue lies that somebody gave: a real path or a full URL; ``None``: tissue is looked for.
+    tissue_identity
+        As ``identity``, of that mask.
     """
 
     kind: SlideKind
@@ -57,15 +62,19 @@ class SlideRef:
     identity: str
     mpp: float | None = None
     mpp_override: bool = False
+    tissue: str | None = None
+    tissue_identity: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """JSON values only, for :meth:`from_json`."""
+        mask = {} if self.tissue is None else {"tissue": self.tissue, "tissue_identity": self.tissue_identity}
         return {
             "kind": self.kind,
             "locations": list(self.locations),
             "identity": self.identity,
             "mpp": self.mpp,
             "mpp_override": self.mpp_override,
+            **mask,
         }
 
     @classmethod
@@ -91,7 +100,20 @@ class SlideRef:
         override = value.get("mpp_override", False)
         if not isinstance(override, bool):
             raise SourceError(f"A slide reference's mpp_override must be true or false, not {override!r}.")
-        return cls(cast(SlideKind, kind), tuple(locations), identity, None if mpp is None else float(mpp), override)
+        tissue, tissue_identity = value.get("tissue"), value.get("tissue_identity")
+        if not (tissue is None and tissue_identity is None) and not (
+            isinstance(tissue, str) and tissue and isinstance(tissue_identity, str) and tissue_identity
+        ):
+            raise SourceError("A slide reference's tissue mask must have a location and an identity, both text.")
+        return cls(
+            cast(SlideKind, kind),
+            tuple(locations),
+            identity,
+            None if mpp is None else float(mpp),
+            override,
+            tissue,
+            tissue_identity,
+        )
 
 
 class SourceResolver:
@@ -115,7 +137,12 @@ class SourceResolver:
         self._lock = threading.Lock()
 
     def resolve(
-        self, value: StrPath | Sequence[StrPath], *, mpp: float | None = None, mpp_override: bool = False
+        self,
+        value: StrPath | Sequence[StrPath],
+        *,
+        mpp: float | None = None,
+        mpp_override: bool = False,
+        tissue: StrPath | None = None,
     ) -> SlideRef:
         """What the value of a task's field is. Downloads nothing; asks the server about http and Label Studio local files.
 
@@ -127,6 +154,9 @@ class SourceResolver:
             The task's µm per pixel.
         mpp_override
             Whether it holds even where the slide states another.
+        tissue
+            Where the mask of its tissue lies, by the same rules; ``None``: beside a slide that is a file here, if one
+            lies there.
 
         Raises
         ------
@@ -144,7 +174,25 @@ class SourceResolver:
         if isinstance(value, os.PathLike):
             value = os.fspath(value)
         place = classify(value, self._settings)
-        return SlideRef(place.kind, (place.location,), self._identity(place), mpp, mpp_override and mpp is not None)
+        ref = SlideRef(place.kind, (place.location,), self._identity(place), mpp, mpp_override and mpp is not None)
+        if tissue is None:
+            return self.with_tissue_beside(ref)
+        return self._with_tissue(ref, classify(os.fspath(tissue), self._settings))
+
+    def with_tissue_beside(self, ref: SlideRef) -> SlideRef:
+        """``ref`` with the mask that lies beside its slide now, or without one; a mask given by its task stays."""
+        if ref.kind != "file":
+            return ref
+        slide = Path(ref.locations[0])
+        if ref.tissue is not None and Path(ref.tissue).name not in {place.name for place in places_beside(slide)}:
+            return ref
+        mask = tissue_file_beside(slide)
+        if mask is None:
+            return replace(ref, tissue=None, tissue_identity=None)
+        return self._with_tissue(ref, Place("file", str(allowed_file(str(mask), self._settings))))
+
+    def _with_tissue(self, ref: SlideRef, place: Place) -> SlideRef:
+        return replace(ref, tissue=place.location, tissue_identity=self._identity(place))
 
     def fetch(self, ref: SlideRef) -> tuple[Path, ...]:
         """The slide as local files, downloaded if need be: one, or one for each patch.
@@ -180,6 +228,23 @@ class SourceResolver:
             check_companions(paths[-1], self._settings)
         self._cache.hold(tuple(paths))
         return tuple(paths)
+
+    def fetch_with_tissue(self, ref: SlideRef) -> tuple[tuple[Path, ...], Path | None]:
+        """As :meth:`fetch`, and the mask of the slide's tissue if one was given, by the same rules."""
+        paths = self.fetch(ref)
+        if ref.tissue is None or ref.tissue_identity is None or ref.kind == "patches":
+            return paths, None
+        place = self._classify_again(ref.tissue)
+        if place.kind != "file":
+            mask = self._cache.get(place, ref.tissue_identity)
+        elif self._identity(place) == ref.tissue_identity:
+            mask = Path(place.location)
+        else:
+            raise SourceError(
+                f"The tissue mask {shown(ref.tissue)} has changed since it was asked for.", hint="Ask again."
+            )
+        self._cache.hold((*paths, mask))
+        return paths, mask
 
     def _resolve_patches(self, values: Sequence[object], mpp: float | None) -> SlideRef:
         if not values:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from backend.errors import MppUnknown, NoTissue, SettingsError, SlideTooCoarse, SlideTooSmall, TaskFieldMissing
 from backend.results.bag import Bag, MppSource
+from backend.results.tissue_record import INK, TissueRecord
 from backend.settings import Settings
 from backend.slides.grid import Grid, tissue_fractions
 from backend.slides.mpp import MPP_MAX, MPP_MIN, check_task_mpp, given_scale_note
 from backend.slides.reader import Slide
-from backend.slides.tissue import tissue_mask
+from backend.slides.tissue import TissueMap, find_tissue
+from backend.slides.tissue_file import read_tissue_file
 
-__all__ = ["Grid", "make_bag", "patches_bag", "slide_grid", "slide_mpp", "tissue_fractions"]
+__all__ = ["Grid", "locate_tissue", "make_bag", "patches_bag", "slide_grid", "slide_mpp", "tissue_fractions"]
 
 # Level 0 may be so much coarser than a tile. Beyond it tiles would be made of enlarged pixels.
 MAX_ENLARGEMENT = 1.5
 _OVERVIEW_MAX_PX = 20_000
+_INK_SAID, _STAIN = 0.001, 0.5
 
 
 def slide_mpp(
@@ -83,8 +87,15 @@ def slide_grid(
     return Grid.covering(slide.size, edge), mpp, source
 
 
-def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_override: bool = False) -> Bag:
-    """Choose the tiles of a slide, row by row.
+def make_bag(
+    slide: Slide,
+    settings: Settings,
+    *,
+    task_mpp: float | None,
+    mpp_override: bool = False,
+    tissue_file: Path | None = None,
+) -> Bag:
+    """Choose the tiles of a slide, row by row. ``tissue_file``: a mask that is used in place of what would be found.
 
     A tile belongs to the bag if at least ``TISSUE_MIN_FRACTION`` of its full area is tissue; what sticks out of the slide is not tissue.
 
@@ -93,26 +104,17 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
     SlideTooSmall, MppUnknown, SlideTooCoarse
         As :func:`slide_grid`.
     NoTissue
-        No tile has enough tissue; the message says how much there is.
+        No tile has enough tissue; the message says how much there is, and what was taken as ink.
+    TissueMaskInvalid
+        ``tissue_file`` cannot be used.
     """
     grid, mpp, source = slide_grid(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override)
     given = given_scale_note(slide.scale, task_mpp, forced=mpp_override) if task_mpp is not None else ""
-    long_side = math.ceil(max(slide.size) * mpp / settings.tissue_mpp)
-    if min(long_side, max(slide.size)) > _OVERVIEW_MAX_PX:
-        raise SettingsError(
-            f"TISSUE_MPP = {settings.tissue_mpp:g} would need an overview of {long_side} pixels for this slide.",
-            hint="Use about 8 µm per pixel.",
-        )
-    overview = slide.overview(long_side)
-    mask = tissue_mask(overview, max(slide.size) * mpp / max(overview.shape[:2]), pen_rules=settings.tissue_pen_rules)
-    fractions = tissue_fractions(mask, grid)
+    found, record, notes = locate_tissue(slide, settings, mpp, tissue_file)
+    fractions = tissue_fractions(found.tissue, grid)
     rows, columns = np.nonzero(fractions >= settings.tissue_min_fraction - 1e-9)
     if not len(rows):
-        raise NoTissue(
-            f"No tissue: it covers {100 * mask.mean():.1f} % of the slide, and no tile has "
-            f"{100 * settings.tissue_min_fraction:g} % (the fullest has {100 * fractions.max():.1f} %).",
-            hint="Look at the slide. Pale or bluish tissue may be found with TISSUE_PEN_RULES=false or a lower TISSUE_MIN_FRACTION.",
-        )
+        raise _no_tissue(found, float(fractions.max()), record.source, settings)
     cells = np.stack([columns, rows], axis=1).astype(np.int64)
     return Bag(
         kind="slide",
@@ -126,8 +128,88 @@ def make_bag(slide: Slide, settings: Settings, *, task_mpp: float | None, mpp_ov
         mpp=mpp,
         mpp_source=source,
         bounds=slide.bounds,
-        notes=(*slide.notes, given) if given else slide.notes,
+        notes=(*slide.notes, *((given,) if given else ()), *notes),
+        tissue=record,
     )
+
+
+def locate_tissue(
+    slide: Slide, settings: Settings, mpp: float, tissue_file: Path | None = None
+) -> tuple[TissueMap, TissueRecord, tuple[str, ...]]:
+    """Where the tissue of a slide is, the record of it that is kept, and what is to be said of it.
+
+    Parameters
+    ----------
+    mpp
+        µm per level-0 pixel.
+    tissue_file
+        A mask that is used in place of what would be found.
+
+    Raises
+    ------
+    TissueMaskInvalid
+        It cannot be used.
+    """
+    long_side = math.ceil(max(slide.size) * mpp / settings.tissue_mpp)
+    if min(long_side, max(slide.size)) > _OVERVIEW_MAX_PX:
+        raise SettingsError(
+            f"TISSUE_MPP = {settings.tissue_mpp:g} would need an overview of {long_side} pixels for this slide.",
+            hint="Use about 8 µm per pixel.",
+        )
+    if tissue_file is None:
+        overview = slide.overview(long_side)
+        found = find_tissue(
+            overview, max(slide.size) * mpp / max(overview.shape[:2]), pen_rules=settings.tissue_pen_rules
+        )
+        del overview
+        source, notes = "found", _notes(found)
+    else:
+        scale = max(1.0, max(slide.size) / long_side)
+        shape = max(1, round(slide.size[1] / scale)), max(1, round(slide.size[0] / scale))
+        given = read_tissue_file(tissue_file, slide.size, shape, slide.bounds)
+        found = TissueMap(given.mask.astype(np.uint8))
+        source, notes = tissue_file.name, (given.note,)
+    record = TissueRecord.of_labels(found.labels, source, found.tissue_share, found.ink_share)
+    return found, record, notes
+
+
+def _notes(found: TissueMap) -> tuple[str, ...]:
+    notes = []
+    if found.ink_share >= _INK_SAID:
+        notes.append(
+            f"{found.ink_share:.1%} of what is not glass on the slide was taken as pen ink and left out "
+            f"({np.count_nonzero(found.labels == INK) / found.labels.size:.1%} of the slide)."
+        )
+    if found.like_ink >= _STAIN:
+        notes.append(
+            "Most of the tissue has the hue of blue, green or red ink, and the texture of tissue: that was taken for its "
+            "stain and kept."
+        )
+    return tuple(notes)
+
+
+def _no_tissue(found: TissueMap, fullest: float, source: str, settings: Settings) -> NoTissue:
+    message = (
+        f"No tissue: it covers {100 * found.tissue_share:.1f} % of the slide, and no tile has "
+        f"{100 * settings.tissue_min_fraction:g} % (the fullest has {100 * fullest:.1f} %)."
+    )
+    own = "give it as a mask (`NAME.tissue.geojson` or `NAME.tissue.png` beside the slide)"
+    ink = np.count_nonzero(found.labels == INK) / found.labels.size
+    if source != "found":
+        hint = f"The mask {source} marks too little for a tile. Draw more of the slide, or remove the mask."
+    elif ink > found.tissue_share:
+        message += (
+            f" What is coloured is {100 * ink:.1f} % of the slide, as even as pen marks are, and was taken as ink."
+        )
+        hint = f"Look at it with `wsc-backend doctor --picture FOLDER`. If it is tissue, {own}."
+    elif fullest > 0:
+        hint = (
+            f"Its pieces are small: a TISSUE_MIN_FRACTION below {fullest:.2g} would take some tiles. "
+            f"For tissue that was missed, {own}."
+        )
+    else:
+        hint = f"The slide looks empty. If there is tissue that is paler than its glass is uneven, {own}."
+    return NoTissue(message, hint=hint)
 
 
 def patches_bag(sizes: Sequence[tuple[int, int]], settings: Settings) -> Bag:

@@ -89,8 +89,10 @@ def slide_json(ref: SlideRef, slide: Slide, services: Services) -> dict[str, Any
 
 
 def result_json(result: BagResult) -> dict[str, Any]:
-    """What the overlay needs beside :func:`weights_block`: ``tiles``, ``heads``, ``columns``, ``rows``, ``tile_size`` (level-0 px), model."""
-    provenance = result.provenance
+    """What the overlay needs beside :func:`weights_block`: ``tiles``, ``heads``, ``columns``, ``rows``, ``tile_size``
+    (level-0 px), model; ``notes`` (what a rule took away or overruled), and ``tissue``: ``source``, ``share``,
+    ``ink_share``; ``null`` in earlier results."""
+    provenance, tissue = result.provenance, result.bag.tissue
     return {
         "tiles": len(result.bag),
         "heads": int(result.attention_logits.shape[1]),
@@ -100,6 +102,8 @@ def result_json(result: BagResult) -> dict[str, Any]:
         "tile_um": result.bag.tile_size_level0 * result.bag.mpp,
         "model_version": provenance.get("model_version"),
         "stand_in": bool(provenance.get("stand_in")),
+        "notes": list(result.bag.notes),
+        "tissue": tissue and {"source": tissue.source, "share": tissue.share, "ink_share": tissue.ink_share},
     }
 
 

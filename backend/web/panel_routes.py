@@ -12,7 +12,7 @@ import anyio.to_thread
 from fastapi import APIRouter, Header, Query, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
-from backend.errors import BackendError, SignatureInvalid
+from backend.errors import BackendError, ResultNotFound, SignatureInvalid
 from backend.label_studio.services import Services
 from backend.slides.source import SlideRef
 from backend.slides.underway import DownloadUnderWay
@@ -82,6 +82,27 @@ class Panel:
                 await anyio.sleep(_LOOK_EVERY_S)
             download.check()
 
+    def key(self, ref: SlideRef) -> str:
+        """The bag key of an address's slide with the tissue mask that lies beside it now, if one does."""
+        return self.services.key(self.services.resolver.with_tissue_beside(ref))
+
+    def tissue(self, ref: SlideRef) -> tuple[bytes, str]:
+        """What was taken for tissue and what for ink, as a PNG over the slide's rectangle, and its entity tag.
+
+        Raises
+        ------
+        ResultNotFound
+            The slide has no result, or one that does not say it.
+        """
+        key = self.key(ref)
+        result = self.results.get(key) or self.services.store.need(key, latents=False)
+        if result.bag.tissue is None:
+            raise ResultNotFound(
+                "What was taken for tissue was not kept with this result.",
+                hint="It is once the slide is analysed again.",
+            )
+        return result.bag.tissue.png, f'"tissue-{key}"'
+
     def slide(self, ref: SlideRef) -> dict[str, Any]:
         """The slide's size and scale; its error if it is gone or was replaced since the address was made."""
         self.slides.check(ref)
@@ -90,7 +111,7 @@ class Panel:
 
     def heatmap(self, ref: SlideRef) -> Picture:
         """The whole slide with its heatmap, if there is one yet."""
-        key = self.services.key(ref)
+        key = self.key(ref)
         result = self.results.get(key)
         etag = f'"heatmap-{key}-{result is not None}"'
         with self.slides.slide(ref) as slide:
@@ -99,7 +120,7 @@ class Panel:
     def state(self, token: str) -> dict[str, Any]:
         """All that the page shows beside the slide itself."""
         signed = self.signer.read(token)
-        key = self.services.key(signed.ref)
+        key = self.key(signed.ref)
         status = read_statuses(self.services, [key])[key]
         result = self.results.get(key) if status["phase"] == "done" else None
         shown: dict[str, Any] = {
@@ -143,20 +164,29 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
     async def events(token: Token) -> StreamingResponse:
         """The status in `/panel/state` each time it changes, as server-sent events named `status`; `end` is the last."""
         signed = panel.signer.read(token)
-        key = panel.services.key(signed.ref)
+        key = await anyio.to_thread.run_sync(panel.key, signed.ref)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the events back
         return StreamingResponse(panel.hub.stream(key), media_type="text/event-stream", headers=headers)
 
     @router.get("/panel/weights")
     def weights(token: Token, if_none_match: Tag = None) -> Response:
         """The tiles' columns and rows (int32) and weights (float32; mean, then each head), little-endian."""
-        key = panel.services.key(panel.signer.read(token).ref)
+        key = panel.key(panel.signer.read(token).ref)
         result = panel.results.get(key) or panel.services.store.need(key, latents=False)
         etag = f'"weights-{key}"'
         headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
         if if_none_match == etag:
             return Response(status_code=304, headers=headers)
         return Response(weights_block(result), media_type="application/octet-stream", headers=headers)
+
+    @router.get("/panel/tissue.png")
+    def tissue(token: Token, if_none_match: Tag = None) -> Response:
+        """What was taken for tissue, a PNG with a palette over the slide's rectangle: 0 glass, 1 tissue, 2 taken as ink."""
+        png, etag = panel.tissue(panel.signer.read(token).ref)
+        headers = {"ETag": etag, "Cache-Control": "private, no-cache", "X-Content-Type-Options": "nosniff"}
+        if if_none_match == etag:
+            return Response(status_code=304, headers=headers)
+        return Response(png, media_type="image/png", headers=headers)
 
     @router.get("/panel/heatmap.jpg")
     async def heatmap(token: Token, if_none_match: Tag = None) -> Response:

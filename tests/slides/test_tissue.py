@@ -12,7 +12,7 @@ from slide_makers import glass, scribble, stroma
 from backend.settings import Settings
 from backend.slides.reader import open_slide
 from backend.slides.synthetic import SyntheticSlide
-from backend.slides.tissue import tissue_mask
+from backend.slides.tissue import find_tissue
 
 Make = Callable[..., Settings]
 PENS = {
@@ -23,6 +23,10 @@ PENS = {
     "black": (25, 24, 28),
     "cyan": (30, 140, 190),
 }
+
+
+def tissue_mask(picture: np.ndarray, mpp: float, *, pen_rules: bool) -> np.ndarray:
+    return find_tissue(picture, mpp, pen_rules=pen_rules).tissue
 
 
 def view(path: Path, settings: Make, mpp: float) -> tuple[np.ndarray, float]:

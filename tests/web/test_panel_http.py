@@ -215,6 +215,25 @@ def test_the_heatmap_picture_changes_when_the_result_is_there(opened: Opened) ->
     assert opened.get("/panel/heatmap.jpg", **{"If-None-Match": after.headers["etag"]}).status_code == 304
 
 
+def test_what_was_taken_for_tissue_is_a_layer_and_its_notes_are_told(opened: Opened) -> None:
+    assert opened.get("/panel/tissue.png").status_code == 404
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(opened.path.with_name("Lymph node 1.tissue.png"))
+    store_result(opened.services, opened.path)
+    # The address was made before somebody laid the mask beside the slide: it shows the newer result all the same.
+    shown = opened.get("/panel/state").json()["result"]
+    assert shown["tissue"] == {"source": "Lymph node 1.tissue.png", "share": 0.5, "ink_share": 0}
+    assert "Lymph node 1.tissue.png as it is" in " ".join(shown["notes"])
+    layer = opened.get("/panel/tissue.png")
+    assert (layer.status_code, layer.headers["content-type"]) == (200, "image/png")
+    pixels = np.asarray(Image.open(io.BytesIO(layer.content)).convert("RGBA"))
+    middle = pixels.shape[1] // 2
+    assert (pixels[:, : middle - 1, 3] > 0).all() and (pixels[:, middle + 1 :, 3] == 0).all(), "glass is transparent"
+    assert opened.get("/panel/tissue.png", **{"If-None-Match": layer.headers["etag"]}).status_code == 304
+    assert opened.client.get("/panel/tissue.png", params={"slide": "x"}).status_code == 403
+
+
 def events(opened: Opened, until: str, act: object = None) -> list[dict[str, object]]:
     """The statuses that a listener is told until one of phase ``until``."""
     told: list[dict[str, object]] = []

@@ -62,7 +62,7 @@ function showProblem(error) {
   $("problem-title").textContent = error.code === ON_ITS_WAY ? "The slide is on its way" : "The slide cannot be shown";
   $("problem-reason").textContent = error.message;
   $("problem-hint").textContent = error.hint ?? "";
-  for (const id of ["scalebar", "legend", "readout", "controls", "hot"]) $(id).hidden = true;
+  for (const id of ["scalebar", "legend", "tissue-legend", "readout", "controls", "hot"]) $(id).hidden = true;
   sayOnce();
 }
 
@@ -83,6 +83,7 @@ function chosen() {
     opacity: Number($("opacity").value) / 100,
     threshold: Number($("threshold").value) / 100,
     smooth: $("smooth").checked,
+    tissue: $("tissue").checked && !$("tissue").disabled,
   };
 }
 
@@ -94,10 +95,21 @@ async function loadResult(state) {
   if (!state.result) return;
   $("model").textContent = `${state.result.model_version}${state.result.stand_in ? " (a stand-in model: what it shows has no medical meaning)" : ""} · ${number(state.result.tiles)} tiles · research use only, not for diagnosis`;
   showLearnt(state);
+  showTissue(state.result);
   attention = new Attention(await server.weights(), state.result);
   const select = $("head");
   select.replaceChildren(...[-1, ...Array(attention.heads).keys()].map((head) => new Option(head < 0 ? `Mean of ${attention.heads}` : `Head ${head}`, head)));
   showAttention();
+}
+
+/** What was taken for tissue: earlier results do not say it. */
+function showTissue({ tissue: known, notes }) {
+  $("notes").hidden = !notes.length;
+  $("notes").textContent = notes.join(" ");
+  $("tissue").disabled = !known;
+  if (!known) return;
+  $("tissue-text").textContent = `tissue${known.source === "found" ? "" : ` (given: ${known.source})`}, ${percent(known.share)} of the slide`;
+  $("ink-text").textContent = `taken as ink, ${percent(known.ink_share)} of what is not glass`;
 }
 
 function showAttention() {
@@ -112,6 +124,7 @@ function repaint() {
   $("opacity-value").textContent = `${Math.round(view.opacity * 100)} %`;
   $("threshold-value").textContent = `${Math.round(view.threshold * 100)}`;
   $("legend").hidden = !view.shown;
+  $("tissue-legend").hidden = !view.tissue;
   $("legend-text").textContent = `percentile rank, ${headName(view.head)}${view.smooth ? ", smoothed (display only)" : ""}`;
   const context = $("legend-bar").getContext("2d");
   const bar = context.createImageData(256, 1);
@@ -241,7 +254,7 @@ function setUpControls() {
 }
 
 function flip(id) {
-  if ($("controls").hidden) return;
+  if ($("controls").hidden || $(id).disabled) return;
   $(id).checked = !$(id).checked;
   repaint();
 }
@@ -265,6 +278,7 @@ const KEYS = {
   ArrowDown: () => viewer?.move(0, 1),
   o: () => flip("shown"),
   s: () => flip("smooth"),
+  t: () => flip("tissue"),
   h: nextHead,
   n: () => goTo(hotAt + 1),
   p: () => goTo(hotAt < 0 ? -1 : hotAt - 1),

@@ -26,6 +26,7 @@ async function answered(path) {
 export const slide = async () => (await answered(`/panel/slide?${query}`)).json();
 export const state = async () => (await answered(`/panel/state?${query}`)).json();
 export const weights = async () => (await answered(`/panel/weights?${query}`)).arrayBuffer();
+export const tissueUrl = () => `/panel/tissue.png?${query}`;
 export const tileUrl = (level, x, y) => `/deepzoom/${token}/slide_files/${level}/${x}_${y}.jpg`;
 export const regionUrl = (x, y, size, px) => `/deepzoom/${token}/region.jpg?x=${x}&y=${y}&size=${size}&px=${px}`;
 

@@ -1,16 +1,17 @@
 // The slide at full depth (OpenSeadragon), the attention over it, and the scale bar. All lengths are level-0 pixels unless named.
 import { colourTable } from "./colours.js";
-import { tileUrl } from "./server.js";
+import { tileUrl, tissueUrl } from "./server.js";
 
 const OVERLAY_EDGE = 1;
 
-/** The viewer of one slide. `view` holds what is shown: head, colours, opacity, threshold, smooth, shown. */
+/** The viewer of one slide. `view` holds what is shown: head, colours, opacity, threshold, smooth, shown, tissue. */
 export class SlideViewer {
   constructor(stage, slide, { onTileFailed, onPoint }) {
     this.slide = slide;
     this.attention = null;
     this.view = null;
     this.selected = -1;
+    this.tissue = null; // a picture over the whole slide, loaded when it is first to be shown
     this.canvas = stage.querySelector("#overlay");
     this.grid = document.createElement("canvas");
     this.still = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -132,6 +133,13 @@ export class SlideViewer {
     this.draw();
   }
 
+  /** The layer of tissue, once it is here. */
+  loadTissue() {
+    this.tissue = Object.assign(new Image(), { src: tissueUrl() });
+    this.tissue.addEventListener("load", () => this.draw());
+    this.tissue.addEventListener("error", () => { this.tissue = null; }); // asked for again when it is switched on again
+  }
+
   /** Lay the grid over the slide as it lies now. */
   draw() {
     const box = this.canvas.getBoundingClientRect();
@@ -150,6 +158,11 @@ export class SlideViewer {
     // Coordinates are level-0 pixels from here on.
     context.setTransform(ratio * scale, 0, 0, ratio * scale, ratio * zero.x, ratio * zero.y);
     const { tileSize, columns, rows } = this.attention;
+    if (this.view.tissue && !this.tissue) this.loadTissue();
+    if (this.view.tissue && this.tissue?.complete && this.tissue.naturalWidth) {
+      context.imageSmoothingEnabled = false;
+      context.drawImage(this.tissue, 0, 0, this.slide.width, this.slide.height);
+    }
     if (this.view.shown) {
       context.save();
       context.beginPath();
