@@ -11,11 +11,13 @@ from urllib.parse import urlsplit
 
 from backend.errors import MppUnknown, SlideNotFound, SlideUnreadable
 from backend.label_studio.check import check_prediction
+from backend.label_studio.drawn_area import DrawnArea
 from backend.label_studio.json_texts import MAX_ANSWERS
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
 from backend.label_studio.learnt import NOTHING_LEARNT, fitting_tile_heads, learnt_of
-from backend.label_studio.regions import PercentBox, predict_regions
+from backend.label_studio.regions import predict_regions
 from backend.label_studio.services import Services
+from backend.label_studio.task_values import look_up
 from backend.results.bag import BagResult, digest
 from backend.slides.images import image_size
 from backend.slides.source import SlideRef
@@ -87,7 +89,7 @@ class Answers:
         self._lock = threading.Lock()
 
     def prediction(
-        self, key: str, data: TaskData, config_xml: str, *, project: int | None, box: PercentBox | None = None
+        self, key: str, data: TaskData, config_xml: str, *, project: int | None, area: DrawnArea | None = None
     ) -> dict[str, Any] | None:
         """The checked prediction for a task of ``project``, ``None`` if nothing is stored under ``key``.
 
@@ -97,7 +99,7 @@ class Answers:
             Our own regions failed the check: nothing is sent.
         """
         config = parse_config(config_xml)
-        picture = data.get(config.image.field) if config.image.field else None
+        picture = look_up(data, config.image.field) if config.image.field else None
         versions = self._services.versions
         heads, snapshot = versions.heads(project), versions.snapshot(project)
         version = heads.version if heads is not None else self._services.model.model_version
@@ -106,7 +108,7 @@ class Answers:
                 "key": key,
                 "config": config_xml,
                 "picture": str(picture),
-                "box": list(box) if box else None,
+                "area": area.key if area else None,
                 "project": project,
                 "version": version,
                 "trained": snapshot.about.get("created_at") if snapshot else None,
@@ -117,12 +119,12 @@ class Answers:
             if name in self._made:
                 self._made.move_to_end(name)
                 return self._made[name]
-        tile_heads = fitting_tile_heads(heads, config) if heads is not None and box is None else []
+        tile_heads = fitting_tile_heads(heads, config) if heads is not None and area is None else []
         result = self._services.store.get(key, latents=bool(tile_heads))
         if result is None:
             return None
         learnt = NOTHING_LEARNT
-        if box is None:
+        if area is None:
             similar = snapshot.neighbours(key, result.slide_embedding) if snapshot is not None else []
             learnt = learnt_of(result, config, heads, tuple(similar))
         size = self.image_size(config, data, result)
@@ -133,9 +135,9 @@ class Answers:
             model_version=version,
             settings_top_k=self._services.settings.top_k,
             learnt=learnt,
-            box=box,
+            area=area,
         )
-        check_prediction(prediction, config_xml, image_size=size, may_be_empty=box is not None)
+        check_prediction(prediction, config_xml, image_size=size, may_be_empty=area is not None)
         with self._lock:
             self._made[name] = prediction
             while len(self._made) > MAX_ANSWERS:
@@ -149,7 +151,7 @@ class Answers:
         """
         if result.bag.kind == "patches" or config.image.field is None:
             return None
-        picture = data.get(config.image.field)
+        picture = look_up(data, config.image.field)
         if not isinstance(picture, str):
             return None
         if config.slide_location(data) == picture:

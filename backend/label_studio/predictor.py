@@ -25,8 +25,8 @@ from backend.errors import (
 )
 from backend.jobs.queue import BagRequest, JobState, WaitingTask
 from backend.label_studio.answers import Answers, slide_ref
+from backend.label_studio.drawn_area import DrawnArea, area_from_context
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
-from backend.label_studio.regions import PercentBox, box_from_context
 from backend.label_studio.services import Services
 
 log = logging.getLogger(__name__)
@@ -78,9 +78,14 @@ class Predictor:
 
         A single task is waited for (``PREDICT_WAIT_S``), and its error is raised, so that Label Studio shows it. Several
         tasks share ``PREDICT_BATCH_BUDGET_S``; errors of single ones are logged, and the others answered, unless it is Redis or the store that is away.
+
+        ``context``: what was drawn with a smart tool. Where attention cannot be pooled over it, the slots are empty at once.
         """
         config = parse_config(label_config)
-        box = box_from_context(context)
+        area = area_from_context(context, config) if context else None
+        if context and area is None:
+            log.info("project %s: a smart tool drew something that attention cannot be pooled over: no answer", project)
+            return [[] for _ in tasks]
         single = len(tasks) == 1
         settings = self._services.settings
         deadline = time.monotonic() + (settings.predict_wait_s if single else settings.predict_batch_budget_s)
@@ -98,12 +103,12 @@ class Predictor:
                 ):
                     overdue.append(item)  # stored, but this answer has no time or room left for its regions
                 else:
-                    answer = self._answer(item, project, label_config, box)
+                    answer = self._answer(item, project, label_config, area)
                     if answer is None:
                         pending.append(item)  # the stored file was damaged: compute it again
                     else:
                         slots[item.index] = answer
-                        if single and answer and box is None:
+                        if single and answer and area is None:
                             self._push_later(item, project, label_config)  # in case this answer does not arrive
                         given += bool(answer)
                         given_bytes += approximate_bytes(answer)
@@ -118,7 +123,7 @@ class Predictor:
                 log.exception("task %s", task.get("id"))
         self._submit(pending, overdue, project, label_config, single=single)
         if single and pending:
-            slots[0] = self._wait(pending[0], project, label_config, box, deadline)
+            slots[0] = self._wait(pending[0], project, label_config, area, deadline)
         elif single and slots == [[]]:
             time.sleep(_OTHER_OPENER_S)
         return slots
@@ -158,14 +163,14 @@ class Predictor:
         number, request = task_id if isinstance(task_id, int) else None, BagRequest(key, ref.to_json())
         return _Pending(index, task, number, key, request, self._services.store.has(key))
 
-    def _answer(self, item: _Pending, project: int | None, label_config: str, box: PercentBox | None) -> Slot | None:
+    def _answer(self, item: _Pending, project: int | None, label_config: str, area: DrawnArea | None) -> Slot | None:
         """The prediction of a stored bag, ``[]`` if someone else is handing it out, ``None`` if nothing readable is stored."""
-        if box is None and not self._claim(item, project):
+        if area is None and not self._claim(item, project):
             # Someone is handing it out. Should that come to nothing, the push after the claim's time makes up for it.
             self._push_later(item, project, label_config)
             return []
         try:
-            prediction = self._answers.prediction(item.key, item.task["data"], label_config, project=project, box=box)
+            prediction = self._answers.prediction(item.key, item.task["data"], label_config, project=project, area=area)
         except BaseException:
             self._release(item, project)
             raise
@@ -217,7 +222,7 @@ class Predictor:
         return WaitingTask(project, item.task_id, label_config, self._services.versions.version(project))
 
     def _wait(
-        self, item: _Pending, project: int | None, label_config: str, box: PercentBox | None, deadline: float
+        self, item: _Pending, project: int | None, label_config: str, area: DrawnArea | None, deadline: float
     ) -> Slot:
         """Wait for one slide. If it is done in time and nobody else has taken the task, answer it here; the push that follows finds it there."""
         timeout = max(0.0, deadline - time.monotonic())
@@ -232,7 +237,7 @@ class Predictor:
                 hint="Backend and workers must share one RESULTS_URL (or MODEL_DIR).",
             )
         # The task goes on waiting: should this answer not arrive, because we or the connection end first, a push makes up for it.
-        return self._answer(item, project, label_config, box) or []
+        return self._answer(item, project, label_config, area) or []
 
 
 def approximate_bytes(answer: Slot) -> int:

@@ -7,17 +7,17 @@ picture that Label Studio shows. Labels: a control's first label is used, except
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from backend.errors import LabelConfigUnsupported, RequestInvalid
+from backend.errors import LabelConfigUnsupported
 from backend.label_studio import rle
+from backend.label_studio.drawn_area import DrawnArea
 from backend.label_studio.hotspots import hot_areas, peaks
 from backend.label_studio.labeling_config import EXAMPLE, GEOMETRY_KINDS, HEAD_KINDS, Control, LabelingConfig
 from backend.label_studio.learnt import NOTHING_LEARNT, Learnt, TileClasses, suggested
@@ -38,42 +38,6 @@ BAND_ALPHA = 170
 Region = dict[str, Any]
 
 
-class PercentBox(NamedTuple):
-    """A rectangle in percent of the shown image."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-def box_from_context(context: Mapping[str, Any] | None) -> PercentBox | None:
-    """The rectangle that an annotator drew with a smart tool, from the ``context`` of a /predict request.
-
-    ``None`` if there is no context or its newest region is not a rectangle.
-
-    Raises
-    ------
-    RequestInvalid
-        The region's numbers are missing, not finite, empty or rotated.
-    """
-    drawn = (context or {}).get("result")
-    if not isinstance(drawn, list) or not drawn or not isinstance(drawn[-1], Mapping):
-        return None
-    value = drawn[-1].get("value")
-    if not str(drawn[-1].get("type", "")).startswith("rectangle") or not isinstance(value, Mapping):
-        return None
-    try:
-        x, y, width, height, rotation = (float(value.get(k, 0)) for k in ("x", "y", "width", "height", "rotation"))
-    except (TypeError, ValueError, OverflowError):
-        x = y = width = height = rotation = math.nan
-    if not all(map(math.isfinite, (x, y, width, height))) or width <= 0 or height <= 0 or rotation != 0:
-        raise RequestInvalid(
-            f"The drawn rectangle {dict(value)!r:.200} cannot be used.", hint="Draw an upright rectangle with an area."
-        )
-    return PercentBox(x, y, width, height)
-
-
 def predict_regions(
     result: BagResult,
     config: LabelingConfig,
@@ -82,7 +46,7 @@ def predict_regions(
     model_version: str,
     settings_top_k: int,
     learnt: Learnt = NOTHING_LEARNT,
-    box: PercentBox | None = None,
+    area: DrawnArea | None = None,
 ) -> dict[str, Any]:
     """One prediction for one task.
 
@@ -102,9 +66,9 @@ def predict_regions(
         Regions of a control without ``model_top_k``.
     learnt
         What trained heads say. Without a head for the slide the prediction has no ``score``.
-    box
-        Interactive: attention is pooled anew over the tiles whose centre lies in the box, and only these are shown, without summary and
-        embedding. No tile inside: an empty list of regions. A bag of patches has no tiles inside any box.
+    area
+        Interactive: attention is pooled anew over the tiles of a drawn area, and only these are shown, without summary and
+        embedding. No tile inside: an empty list of regions.
 
     Returns
     -------
@@ -114,9 +78,11 @@ def predict_regions(
     ------
     LabelConfigUnsupported
         There would be nothing to show, or the config cannot show a bag of this kind.
+    RequestInvalid
+        The drawn area has no place.
     """
     learnt.check(config)
-    view = _View.of(result, config, image_size, box)
+    view = _View.of(result, config, image_size, area)
     prediction: dict[str, Any] = {"model_version": model_version, "result": []}
     regions: list[Region] = prediction["result"]
     if len(view.tiles) == 0:
@@ -128,17 +94,17 @@ def predict_regions(
         elif control.kind in GEOMETRY_KINDS:
             top_k = settings_top_k if control.top_k is None else control.top_k
             made = list(_GEOMETRY[control.kind](view, control, top_k))
-        elif box is not None:
+        elif area is not None or not _is_shown(control, learnt):
             continue
         elif control.kind == "TextArea":
             text = summary_text(result, model_version, learnt.similar, learnt.suggestions)
             made = [{"value": {"text": [text]}, "readonly": True}]
         else:
             made = suggested(control, learnt)
-        seed = f"{view.digest}/{model_version}/{control.name}/{box and tuple(box)}"
+        seed = f"{view.digest}/{model_version}/{control.name}/{area and area.key}"
         for index, region in enumerate(made):
             regions.append(_complete(region, control, hashlib.sha256(f"{seed}/{index}".encode()).hexdigest()[:12]))
-    if box is not None:
+    if area is not None:
         return prediction
     if not regions:
         raise _nothing_to_show(result.bag, config)
@@ -147,6 +113,17 @@ def predict_regions(
     carrier = next((region for region in regions if region["type"] == "choices"), regions[0])
     carrier.setdefault("meta", {})["embedding"] = [float(f"{value:.6g}") for value in result.slide_embedding.tolist()]
     return prediction
+
+
+def _is_shown(control: Control, learnt: Learnt) -> bool:
+    """Whether the editor shows a control as long as only our own suggestions stand: an answer that it hides is none."""
+    said = {s.control: s.value for s in learnt.suggestions}
+    for condition in control.conditions:
+        value = said.get(condition.tag)
+        chosen = set(value) if isinstance(value, tuple) else {value} - {None}
+        if condition.chosen != bool(chosen & set(condition.choices) if condition.choices else chosen):
+            return False
+    return True
 
 
 def _complete(region: Region, control: Control, region_id: str) -> Region:
@@ -178,7 +155,7 @@ def _nothing_to_show(bag: Bag, config: LabelingConfig) -> LabelConfigUnsupported
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """The tiles that are shown, all of them or those in a box, and their attention among themselves (row i is tile ``tiles[i]``)."""
+    """The tiles that are shown, all of them or those of a drawn area, and their attention among themselves (row i is tile ``tiles[i]``)."""
 
     bag: Bag
     image_size: tuple[int, int]
@@ -189,7 +166,7 @@ class _View:
 
     @classmethod
     def of(
-        cls, result: BagResult, config: LabelingConfig, image_size: tuple[int, int] | None, box: PercentBox | None
+        cls, result: BagResult, config: LabelingConfig, image_size: tuple[int, int] | None, area: DrawnArea | None
     ) -> _View:
         bag = result.bag
         if bag.kind == "patches":
@@ -207,8 +184,8 @@ class _View:
         content.update(repr((bag.slide_size, size)).encode())
         tiles: Int64Array = np.arange(len(bag), dtype=np.int64)
         attention = result.mean_attention
-        if box is not None:
-            tiles = np.flatnonzero(_centres_inside(bag, box))
+        if area is not None:
+            tiles = area.tiles(bag)
             attention = _pooled_again(result, tiles)
         return cls(bag, size, config.image.pages, tiles, attention, content.hexdigest())
 
@@ -255,15 +232,6 @@ class _View:
             place = {"x": x, "y": y, "size": self.bag.tile_size_level0}
         text = f"rank {rank} of {len(self.tiles)}, attention {weight:.3g}"
         return {"rank": rank, "attention": weight, "percentile": float(self.ranks[i]), **place, "text": [text]}
-
-
-def _centres_inside(bag: Bag, box: PercentBox) -> npt.NDArray[np.bool_]:
-    if bag.kind == "patches":
-        return np.zeros(len(bag), dtype=np.bool_)
-    centres = (bag.coords + bag.tile_size_level0 / 2) / np.array(bag.slide_size) * 100
-    x, y, width, height = box
-    low, high = np.array([x, y]), np.array([x + width, y + height])
-    return np.asarray(((centres >= low) & (centres <= high)).all(axis=1))
 
 
 def _pooled_again(result: BagResult, tiles: Int64Array) -> Float32Array:

@@ -162,7 +162,7 @@ def test_an_attribute_that_cannot_be_used_is_named_with_its_value_and_control(ta
 def test_bands_with_a_single_label_and_controls_without_labels_are_refused():
     with pytest.raises(LabelConfigUnsupported, match="one label"):
         parse_config(view(IMAGE, BRUSH.replace("toName", 'model_heatmap="bands" toName')))
-    with pytest.raises(LabelConfigUnsupported, match="'b'> has no <Label>"):
+    with pytest.raises(LabelConfigUnsupported, match="'b'> takes its labels from each task"):
         parse_config(view(IMAGE, '<BrushLabels name="b" toName="image" value="$labels"/>'))
     with pytest.raises(LabelConfigUnsupported, match="two controls named 'heat'"):
         parse_config(view(IMAGE, BRUSH, BRUSH))

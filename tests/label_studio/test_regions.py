@@ -18,7 +18,8 @@ from backend.label_studio import rle
 from backend.label_studio.check import check_prediction
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.learnt import HeadSuggestion, Learnt, TileClasses
-from backend.label_studio.regions import PercentBox, box_from_context, predict_regions
+from backend.label_studio.drawn_area import DrawnArea, area_from_context
+from backend.label_studio.regions import predict_regions
 from backend.slides.geojson import to_geojson
 from backend.slides.render import shown_size
 
@@ -440,13 +441,17 @@ def test_a_slide_in_a_config_with_pages_is_drawn_on_the_first_page():
     assert {region["item_index"] for region in drawn} == {0}
 
 
-# --- a drawn rectangle -------------------------------------------------------------------------------------------------
+# --- a drawn area -------------------------------------------------------------------------------------------------
+
+
+def rectangle(x, y, width, height, **more):
+    return DrawnArea("rectangle", {"value": {"x": x, "y": y, "width": width, "height": height, **more}})
 
 
 def test_in_a_drawn_box_attention_is_pooled_over_its_tiles_only():
     result = synthetic_result(planted=(2, 2, 4, 4))
-    box = PercentBox(50, 0, 50, 100)  # the planted tiles are not in it
-    prediction = predict(result, box=box, settings_top_k=10_000)
+    box = rectangle(50, 0, 50, 100)  # the planted tiles are not in it
+    prediction = predict(result, area=box, settings_top_k=10_000)
     centres = (result.bag.coords + result.bag.tile_size_level0 / 2) / result.bag.slide_size * 100
     inside = centres[:, 0] >= 50
     rectangles = by_type(prediction, "rectanglelabels")
@@ -465,28 +470,75 @@ def test_in_a_drawn_box_attention_is_pooled_over_its_tiles_only():
 def test_a_box_over_the_whole_slide_gives_the_slides_own_attention():
     result = synthetic_result()
     whole = by_type(predict(result), "rectanglelabels")
-    boxed = by_type(predict(result, box=PercentBox(0, 0, 100, 100)), "rectanglelabels")
+    boxed = by_type(predict(result, area=rectangle(0, 0, 100, 100)), "rectanglelabels")
     assert [r["meta"]["attention"] for r in boxed] == pytest.approx([r["meta"]["attention"] for r in whole])
     assert {r["id"] for r in boxed}.isdisjoint(r["id"] for r in whole)
 
 
 def test_a_box_without_tiles_gives_no_regions():
-    empty = predict(synthetic_result(tissue=0.0, planted=(2, 2, 4, 4)), box=PercentBox(80, 80, 5, 5))
+    empty = predict(synthetic_result(tissue=0.0, planted=(2, 2, 4, 4)), area=rectangle(80, 80, 5, 5))
     assert empty == {"model_version": "WSC test 1", "result": []}
-    pages = predict(synthetic_patches([(9, 9)], hot=0), load_template("patches"), box=PercentBox(0, 0, 100, 100))
+    pages = predict(synthetic_patches([(9, 9)], hot=0), load_template("patches"), area=rectangle(0, 0, 100, 100))
     assert pages["result"] == []
 
 
-def test_the_newest_drawn_rectangle_is_the_box():
-    drawn = {"type": "rectanglelabels", "value": {"x": 1, "y": 2, "width": 3, "height": 4, "rotation": 0}}
-    older = {"type": "rectanglelabels", "value": {"x": 9, "y": 9, "width": 9, "height": 9}}
-    assert box_from_context({"result": [older, drawn]}) == PercentBox(1, 2, 3, 4)
-    for nothing in (None, {}, {"result": []}, {"result": [{"type": "keypointlabels", "value": {"x": 1, "y": 1}}]}):
-        assert box_from_context(nothing) is None
+def tiles_of(region, bag):
+    return {tuple(c) for c in bag.grid[DrawnArea(region["type"], region).tiles(bag)].tolist()}
 
 
-@pytest.mark.parametrize("wrong", [{"width": 0}, {"x": "a"}, {"y": None}, {"height": float("nan")}, {"rotation": 30}])
-def test_a_drawn_rectangle_that_cannot_be_used_is_an_error(wrong):
-    value = {"x": 1, "y": 2, "width": 3, "height": 4, **wrong}
+def mask_of(alpha):
+    height, width = alpha.shape
+    code = rle.encode_alpha(255 * alpha.astype(np.uint8))
+    frame = {"original_width": width, "original_height": height}
+    return {"type": "brush", "value": {"format": "rle", "rle": code}, **frame}
+
+
+def test_every_kind_of_drawing_covers_the_tiles_whose_centres_lie_in_it():
+    bag = synthetic_result((2240, 2240), 0.5).bag
+    middle = {(c, r) for c in (4, 5) for r in (4, 5)}
+    half = {"x": 40, "y": 40, "width": 20, "height": 20}
+    drawn = [
+        {"type": "rectangle", "value": half},
+        {"type": "rectangle", "value": {**half, "x": 60, "rotation": 90}},
+        {"type": "ellipse", "value": {"x": 50, "y": 50, "radiusX": 9, "radiusY": 9}},
+        {"type": "polygon", "value": {"points": [[41, 41], [59, 41], [59, 59], [41, 59]]}},
+    ]
+    square = np.zeros((200, 200), bool)
+    square[80:120, 80:120] = True
+    for region in (*drawn, mask_of(square)):
+        assert tiles_of(region, bag) == middle, region["type"]
+
+
+def test_a_point_a_thin_stroke_and_an_outline_within_one_tile_stand_for_the_tiles_that_they_touch():
+    bag = synthetic_result((2240, 2240), 0.5).bag
+    assert tiles_of({"type": "keypoint", "value": {"x": 33, "y": 77, "width": 1}}, bag) == {(3, 7)}
+    small = {"type": "rectangle", "value": {"x": 31, "y": 71, "width": 1, "height": 1}}
+    assert tiles_of(small, bag) == {(3, 7)}
+    stroke = np.zeros((200, 200), bool)
+    stroke[62, 41:79] = True  # through the upper half of the tiles of row 3
+    assert tiles_of(mask_of(stroke), bag) == {(c, 3) for c in (2, 3)}
+
+
+def test_what_is_drawn_last_counts_if_attention_can_be_pooled_over_it_on_our_image():
+    config = parse_config(EVERY_KIND)
+    drawn = {"type": "rectanglelabels", "to_name": "image", "value": {"x": 1, "y": 2, "width": 3, "height": 4}}
+    answer = {"type": "choices", "to_name": "image", "value": {"choices": ["a"]}}
+    assert area_from_context({"result": [answer, drawn]}, config).region == drawn
+    other = {**drawn, "to_name": "another"}
+    stroke = mask_of(np.ones((4, 4), bool))
+    too_large = {**stroke, "original_width": 2**20, "original_height": 2**20}
+    for region in (answer, other, too_large, {"type": "vector"}, "x", None):
+        assert area_from_context({"result": [drawn, region]}, config) is None
+    for nothing in ({"result": []}, {"result": None}, {"other": 1}):
+        assert area_from_context(nothing, config) is None
+
+
+def test_two_areas_have_two_keys_and_the_same_area_has_one():
+    keys = {area.key for area in (rectangle(1, 2, 3, 4), rectangle(1, 2, 3, 4), rectangle(1, 2, 3, 5))}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("wrong", [{"width": 0}, {"x": "a"}, {"y": None}, {"height": float("nan")}])
+def test_a_drawn_rectangle_that_has_no_place_is_an_error(wrong):
     with pytest.raises(RequestInvalid, match="drawn rectangle"):
-        box_from_context({"result": [{"type": "rectanglelabels", "value": value}]})
+        rectangle(**{"x": 1, "y": 2, "width": 3, "height": 4, **wrong}).tiles(synthetic_result().bag)
