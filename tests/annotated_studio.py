@@ -28,7 +28,13 @@ class AnnotatedStudio:
     """The project, as plain values that a test reads and changes."""
 
     def __init__(self) -> None:
-        self.project: dict[str, Any] = {"id": PROJECT, "title": TITLE, "label_config": CONFIG, "model_version": "none"}
+        self.project: dict[str, Any] = {
+            "id": PROJECT,
+            "title": TITLE,
+            "label_config": CONFIG,
+            "model_version": "none",
+            "created_at": "2026-11-25T00:00:00Z",
+        }
         self.tasks: dict[int, dict[str, Any]] = {}
         self.annotations: dict[int, list[dict[str, Any]]] = {}
         self.connection: dict[str, Any] = {"id": 1, "project": PROJECT, "title": "wsc-000000", "url": "http://ours:1"}

@@ -247,7 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
             case ["api", "tasks", number] if int(number) in studio.tasks and not studio.project_deleted:
                 return _Answer(200, studio.task_json(int(number)) | {"created_at": _WHEN, "updated_at": _WHEN})
             case ["api", "projects", number] if int(number) == PROJECT and not studio.project_deleted:
-                return _Answer(200, {"id": PROJECT, "title": "Faults", "label_config": CONFIG})
+                return _Answer(200, {"id": PROJECT, "title": "Faults", "label_config": CONFIG, "created_at": _WHEN})
             case ["api", "predictions"] if self.command == "GET":
                 task = int(parse_qs(urlsplit(self.path).query)["task"][0])
                 return _Answer(200, studio.of(task))

@@ -72,6 +72,7 @@ def export_project(
             f"No slide of project {number} has a result yet ({lesson.unanalysed} tasks).",
             hint="Have them analysed first: `wsc-backend import`, or “Retrieve Predictions” in the Data Manager, with workers running.",
         )
+    services.versions.take_over(number, services.client.owner(number))
     snapshot = services.versions.snapshot(number)
     unranked = sum(snapshot is None or slide.task not in snapshot.row_of_task for slide in lesson.slides)
     if unranked:

@@ -47,6 +47,7 @@ def stored_versions(services: Services, project: str) -> StoredVersions:
     """The versions of ``project`` (number or title); :class:`~backend.errors.ProjectNotFound` if there is none such."""
     found = services.client.need_project(project)
     number = int(found.id)
+    services.versions.take_over(number, services.client.owner(number))
     at, fingerprint = services.versions.version(number), services.model.fingerprint
     versions = [
         StoredVersion(

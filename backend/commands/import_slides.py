@@ -121,6 +121,7 @@ def import_slides(
         )
     if tasks:
         client.import_tasks(number, tasks)
+    services.versions.take_over(number, client.owner(number))
     version = services.versions.version(number)
     url = (backend_url or services.settings.browser_url).rstrip("/")
     client.connect_backend(number, url, version)

@@ -17,6 +17,7 @@ from label_studio_sdk.core.api_error import ApiError
 from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
 from backend.label_studio.api_errors import RedirectRefused, TaskGone, typed, was_sent
 from backend.label_studio.versions import is_ours, model_of
+from backend.learning.project_owner import Owner
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,11 @@ class LabelStudioClient:
     def label_config(self, project: int) -> str:
         """The labelling config of a project, as it is now."""
         return str(self._call(lambda: self.sdk.projects.get(id=project)).label_config or "")
+
+    def owner(self, project: int) -> Owner:
+        """Which project a number stands for in this Label Studio."""
+        found = self._call(lambda: self.sdk.projects.get(id=project))
+        return Owner(int(found.created_at.timestamp()), self.url, str(found.title or ""))
 
     def push_prediction(
         self,

@@ -40,6 +40,7 @@ CLAIM_TTL_S = 60.0
 MAX_PROJECT = 2**53
 """No number of a project is that large: it is where JSON's numbers stop being exact."""
 _LOOKUPS_AT_ONCE = 8
+_CONFIGS_KEPT = 100
 # What one answer may hold: Label Studio keeps all of it in memory, and so do we. The rest is pushed.
 _ANSWER_MAX_PREDICTIONS = 500
 _ANSWER_MAX_BYTES = 64_000_000
@@ -70,6 +71,7 @@ class Predictor:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._answers = Answers(services)
+        self._configs: dict[int, str] = {}
 
     def predict(
         self, tasks: Sequence[Task], *, project: int | None, label_config: str, context: Mapping[str, Any] | None = None
@@ -86,6 +88,8 @@ class Predictor:
         if context and area is None:
             log.info("project %s: a smart tool drew something that attention cannot be pooled over: no answer", project)
             return [[] for _ in tasks]
+        if project is not None:
+            self._note_config(project, label_config)
         single = len(tasks) == 1
         settings = self._services.settings
         deadline = time.monotonic() + (settings.predict_wait_s if single else settings.predict_batch_budget_s)
@@ -127,6 +131,20 @@ class Predictor:
         elif single and slots == [[]]:
             time.sleep(_OTHER_OPENER_S)
         return slots
+
+    def _note_config(self, project: int, label_config: str) -> None:
+        """Have the heads trained anew if controls or labels have changed.
+
+        Label Studio's own event of a change carries no secret of ours where the project was connected in its settings,
+        and is refused; the config that comes with a question is the one that counts.
+        """
+        if self._configs.get(project) == label_config:
+            return
+        if self._services.training.config_changed(project, label_config):
+            self._services.training.note_annotations(project, 0)
+        if len(self._configs) >= _CONFIGS_KEPT:
+            self._configs.clear()
+        self._configs[project] = label_config
 
     def _located(
         self, tasks: Sequence[Task], config: LabelingConfig, deadline: float
@@ -270,4 +288,14 @@ def project_id(project: object, tasks: Sequence[Task]) -> int | None:
     return from_task if type(from_task) is int and 0 < from_task < MAX_PROJECT else None
 
 
-__all__ = ["MAX_PROJECT", "Predictor", "SlideFailed", "Slot", "Task", "project_id"]
+def project_created(project: object) -> int | None:
+    """The second (Unix time) in which the project was created, from ``"1.1795461014"``; ``None`` where it is not said."""
+    number, _, created = str(project).partition(".")
+    if not (
+        number.isascii() and number.isdecimal() and created.isascii() and created.isdecimal() and len(created) < 16
+    ):
+        return None
+    return int(created)
+
+
+__all__ = ["MAX_PROJECT", "Predictor", "SlideFailed", "Slot", "Task", "project_created", "project_id"]

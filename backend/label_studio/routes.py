@@ -19,7 +19,7 @@ from backend.label_studio.events import START_TRAINING, WEBHOOK_SECRET_HEADER, t
 from backend.label_studio.json_texts import JsonTexts
 from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.model import WholeSlideBackend
-from backend.label_studio.predictor import MAX_PROJECT, project_id
+from backend.label_studio.predictor import MAX_PROJECT, project_created, project_id
 from backend.label_studio.services import Services
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ def label_studio_router(
             await anyio.to_thread.run_sync(parse_config, config, limiter=config_lane)
         elif config:
             parse_config(config)
-        return {"model_version": services.versions.version(project_id(body.project, ()))}
+        number = project_id(body.project, ())
+        services.versions.note_created(number, project_created(body.project))
+        return {"model_version": services.versions.version(number)}
 
     @router.post(
         "/predict", dependencies=user, response_model=PredictResponse, openapi_extra=describe_body(PredictRequest)
@@ -135,6 +137,7 @@ def label_studio_router(
                 "params.context is no object.", hint="It is null, or {'result': [regions]} of a smart tool."
             )
         number = project_id(body.project, body.tasks)
+        services.versions.note_created(number, project_created(body.project))
 
         def answer() -> tuple[int, bytes]:
             slots = backend.predict(

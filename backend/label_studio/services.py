@@ -48,7 +48,7 @@ class Services:
 
     @cached_property
     def versions(self) -> ProjectVersions:
-        return ProjectVersions(self.settings.model_dir / "heads", self.model)
+        return ProjectVersions(self.settings.model_dir / "heads", self.model, self.settings.label_studio_url)
 
     @cached_property
     def webhook_secret(self) -> str:

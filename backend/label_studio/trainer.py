@@ -117,6 +117,7 @@ def train(services: Services, project: int, progress: Progress) -> TrainingRepor
     HeadDamaged
         The heads in use are damaged, and cannot be made anew, as slides that taught them are not there.
     """
+    services.versions.take_over(project, services.client.owner(project))
     label_config = services.client.label_config(project)
     services.training.config_changed(project, label_config)
     config = parse_config(label_config)
@@ -152,6 +153,7 @@ def put_in_use(services: Services, project: int, version: str | None, progress: 
         As of :func:`train`.
     """
     services.queue.ping()
+    services.versions.take_over(project, services.client.owner(project))
     config = parse_config(services.client.label_config(project))
     lesson = _teacher_of(services).lesson(project, config, progress)
     before, old = services.versions.version(project), services.versions.snapshot(project)

@@ -8,6 +8,9 @@ Two things can be wrong with heads that are in use, and neither makes a project 
   predictions on the strength of it. :meth:`ProjectVersions.heads` says so in the log and gives ``None``, so that slides can be shown and
   pre-labelled without heads, and :meth:`ProjectVersions.version` stays what it was, so that Label Studio goes on showing what those heads said. The
   next training makes new ones.
+
+Heads that lie under a project's number and are those of another project (:mod:`backend.learning.project_owner`) are none: a
+project that is asked about has no heads then, and no ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from typing import Generic, TypeVar
 from backend.errors import HeadDamaged
 from backend.inference.checkpoint import ModelIdentity
 from backend.learning.disk import NO_FILE, disk
+from backend.learning.project_owner import FILE_NAME as OWNER_FILE
+from backend.learning.project_owner import Owner, read_owner, take_over
 from backend.learning.registry import HeadRegistry, HeadSet
 from backend.learning.snapshot import FILE_NAME, ProjectSnapshot, read_snapshot
 
@@ -95,14 +100,51 @@ class ProjectVersions:
         The folder of :class:`~backend.learning.registry.HeadRegistry`.
     model
         Heads of another model than this one do not count.
+    label_studio
+        The address of the Label Studio whose projects these are, for projects that it has not named itself yet.
     """
 
-    def __init__(self, root: Path, model: ModelIdentity) -> None:
+    def __init__(self, root: Path, model: ModelIdentity, label_studio: str = "") -> None:
         self.registry = HeadRegistry(root)
         self._root = root
         self._model = model
+        self._label_studio = label_studio
+        self._created: OrderedDict[int, int] = OrderedDict()
+        self._said: set[int] = set()
+        self._owners = _Remembered(lambda project: read_owner(root / str(project)))
         self._heads = _Remembered(lambda project: self.registry.current(project, fingerprint=model.fingerprint))
         self._snapshots = _Remembered(lambda project: read_snapshot(self.snapshot_file(project)))
+
+    def note_created(self, project: int | None, created: int | None) -> None:
+        """Label Studio has just asked about ``project``, which was created in the second ``created`` (Unix time)."""
+        if project is None or created is None:
+            return
+        self._created[project] = created
+        self._created.move_to_end(project)
+        while len(self._created) > _REMEMBERED:
+            self._created.popitem(last=False)
+
+    def take_over(self, project: int, owner: Owner) -> Owner | None:
+        """See :func:`~backend.learning.project_owner.take_over`; for whoever has asked Label Studio itself who ``project`` is."""
+        self.note_created(project, owner.created)
+        return take_over(self._root, project, owner)
+
+    def _is_anothers(self, project: int) -> bool:
+        owner = self._owners.get(project, self._root / str(project) / OWNER_FILE)
+        created = self._created.get(project)
+        if owner is None:
+            return False
+        other = (
+            owner.created != created
+            if created is not None
+            else bool(self._label_studio and owner.label_studio and owner.label_studio != self._label_studio)
+        )
+        if other and project not in self._said:
+            self._said.add(project)
+            log.warning(
+                "project=%d: the heads kept under this number are those of %s, and are not used", project, owner
+            )
+        return other
 
     def in_use(self, project: int | None) -> HeadSet | None:
         """The heads that a project uses; ``None`` if it uses none.
@@ -112,11 +154,15 @@ class ProjectVersions:
         HeadDamaged
             It uses some, and they are damaged.
         """
-        return None if project is None else self._heads.get(project, self._pointer(project))
+        if project is None or self._is_anothers(project):
+            return None
+        return self._heads.get(project, self._pointer(project))
 
     def heads(self, project: int | None) -> HeadSet | None:
         """As :meth:`in_use`; ``None`` for damaged ones too."""
-        return None if project is None else self._heads.undamaged(project, self._pointer(project))
+        if project is None or self._is_anothers(project):
+            return None
+        return self._heads.undamaged(project, self._pointer(project))
 
     def version(self, project: int | None) -> str:
         """What Label Studio is to show and compare, such as ``wsc-3f2a1c`` or ``wsc-3f2a1c-h4``; of damaged heads what the last training said."""
@@ -133,6 +179,8 @@ class ProjectVersions:
         projects = sorted(self.projects()) if project is None else [project]
         found = [self._model.model_version]
         for number in projects:
+            if self._is_anothers(number):
+                continue
             for info in self.registry.versions(number):
                 if info.fingerprint == self._model.fingerprint:
                     found.append(info.version)
@@ -152,7 +200,9 @@ class ProjectVersions:
 
     def snapshot(self, project: int | None) -> ProjectSnapshot | None:
         """What the last training found out about the project's slides; ``None`` if there was none with this model, or it is damaged."""
-        found = None if project is None else self._snapshots.undamaged(project, self.snapshot_file(project))
+        if project is None or self._is_anothers(project):
+            return None
+        found = self._snapshots.undamaged(project, self.snapshot_file(project))
         return None if found is None or found.about.get("fingerprint") != self._model.fingerprint else found
 
     def _pointer(self, project: int) -> Path:

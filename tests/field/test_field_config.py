@@ -13,6 +13,7 @@ from backend.label_studio.labeling_config import parse_config
 from backend.label_studio.learnt import HeadSuggestion, Learnt
 from backend.label_studio.predictor import Predictor
 from backend.label_studio.regions import predict_regions
+from backend.label_studio.services import Services
 
 IMAGE = '<Image name="image" value="$image"/>'
 HEAT = '<BrushLabels name="heat" toName="image"><Label value="Attention"/></BrushLabels>'
@@ -155,3 +156,17 @@ def test_a_smart_tool_that_attention_cannot_be_pooled_over_is_answered_at_once_a
         )
         assert slots == [[]]
     assert "no answer" in caplog.text
+
+
+def test_the_config_that_came_last_with_a_question_counts_however_the_project_was_connected(settings, redis):
+    """No event with our secret ever comes: the project was connected in Label Studio's settings."""
+    services = Services(settings(), redis)
+    first, renamed = view(IMAGE, HEAT, DIAGNOSIS), view(IMAGE, HEAT, DIAGNOSIS.replace("diagnosis", "findings"))
+    for config in (first, first):
+        Predictor(services).predict([], project=7, label_config=config)
+        assert services.training.state(7) is None
+    predictor = Predictor(services)
+    for config in (renamed, renamed):
+        predictor.predict([], project=7, label_config=config)
+    assert services.training.state(7) is not None
+    assert not services.training.config_changed(7, renamed)
