@@ -126,7 +126,7 @@ def fit_choice_head(
     # How often people draw a class says nothing of how often tiles have it.
     prior = class_prior(seen, totals, priors or {}) if level == "slide" else None
     labelled = np.array([totals[name] for name in seen], dtype=np.int64)
-    stated = bool(priors) and any(name in priors for name in seen)
+    stated = any(name in (priors or {}) for name in seen)
     metrics = _metrics(fit, seen, prior, stated, labelled, seed)
     return Head(
         control=control,
