@@ -99,9 +99,13 @@ class AnnotatedStudio:
             case ("GET", "tasks"):
                 tasks = [{"id": number, "data": data} for number, data in self.tasks.items()]
                 return 200, {"tasks": tasks, "total": len(tasks), "total_annotations": 0, "total_predictions": 0}
-            case (method, "tasks", number) if int(number) in self.tasks:
-                if method == "PATCH":
-                    self.tasks[int(number)] = body["data"]
+            case ("POST", "dm", "actions"):
+                written = [number for number in body["selectedItems"]["included"] if number in self.tasks]
+                value = body["value"] if body["value_type"] == "Number" else None
+                for number in written:
+                    self.tasks[number] = {**self.tasks[number], body["value_name"]: value}
+                return 200, {"detail": f"Updated {len(written)} tasks"}
+            case ("GET", "tasks", number) if int(number) in self.tasks:
                 return 200, {"id": int(number), "data": self.tasks[int(number)]}
         return 404, {"detail": "Not found."}
 

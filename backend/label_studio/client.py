@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 import httpx
 from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
+from label_studio_sdk.core.request_options import RequestOptions
 
 from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
 from backend.label_studio.api_errors import RedirectRefused, TaskGone, typed, was_sent
@@ -29,6 +30,8 @@ _TIMEOUT_S = 30.0
 _EXPORT_TIMEOUT_S = 300.0
 _PAGE_TASKS = 500
 _TITLES_TOLD = 10
+# Without it, Label Studio answers with an address of its own in place of what the task says (`s3://…`), another one for each task.
+_RAW: RequestOptions = {"additional_query_parameters": {"resolve_uri": "false"}}
 
 
 class LabelStudioClient:
@@ -94,8 +97,8 @@ class LabelStudioClient:
         return str(self._call(lambda: self.sdk.users.whoami()).email)
 
     def task(self, task: int) -> dict[str, Any]:
-        """The ``data`` of a task, as it is now."""
-        return dict(self._call(lambda: self.sdk.tasks.get(id=str(task))).data)
+        """The ``data`` of a task, as it is now: its own, not as Label Studio would show it in a browser."""
+        return dict(self._call(lambda: self.sdk.tasks.get(id=str(task), request_options=_RAW)).data)
 
     def label_config(self, project: int) -> str:
         """The labelling config of a project, as it is now."""
@@ -217,9 +220,7 @@ class LabelStudioClient:
 
     def task_field_values(self, project: int, field: str) -> set[str]:
         """The values of one data field over all tasks of a project."""
-        return self._call(
-            lambda: {str(t.data[field]) for t in self.sdk.tasks.list(project=project) if field in (t.data or {})}
-        )
+        return {str(data[field]) for _, data in self.tasks(project) if field in data}
 
     def import_tasks(self, project: int, tasks: Sequence[Mapping[str, Any]]) -> int:
         """Add tasks (their ``data``) to a project; returns how many were added."""
@@ -302,11 +303,13 @@ class LabelStudioClient:
     # --- tasks and annotations, for learning ---
 
     def tasks(self, project: int) -> list[tuple[int, dict[str, Any]]]:
-        """Id and data of every task of a project, in the order of the ids."""
+        """Id and own data (see :meth:`task`) of every task of a project, in the order of the ids."""
         pages = self._call(
             lambda: [
                 (int(t.id), dict(t.data or {}))
-                for t in self.sdk.tasks.list(project=project, fields="task_only", page_size=_PAGE_TASKS)
+                for t in self.sdk.tasks.list(
+                    project=project, fields="task_only", page_size=_PAGE_TASKS, resolve_uri=False
+                )
             ]
         )
         return sorted(pages, key=lambda task: task[0])
@@ -314,37 +317,40 @@ class LabelStudioClient:
     def annotated_tasks(self, project: int) -> list[dict[str, Any]]:
         """The tasks of a project that have annotations, skipped ones included, as Label Studio exports them."""
 
-        def export() -> Any:
-            answer = self._http.get(
-                f"{self.url}/api/projects/{project}/export",
-                params={"exportType": "JSON", "download_all_tasks": "false"},
-                headers=dict(self.authorization()),
-                timeout=_EXPORT_TIMEOUT_S,
-            )
-            if not answer.is_success:
-                raise ApiError(status_code=answer.status_code, body=answer.text[:300])
-            try:
-                return answer.json()
-            except ValueError:
-                raise LabelStudioError(f"The export of project {project} from {self.url} is no JSON.") from None
-
-        _ = self.sdk  # says what is missing, before anything is asked
-        found = self._call(export)
+        # The SDK would take the answer for a file, and parse nothing. An export has the tasks' own data, not as the browser is shown it.
+        path = f"/api/projects/{project}/export?exportType=JSON&download_all_tasks=false"
+        answer = self._call(lambda: self._ask("GET", path, timeout=_EXPORT_TIMEOUT_S))
+        try:
+            found = answer.json()
+        except ValueError:
+            raise LabelStudioError(f"The export of project {project} from {self.url} is no JSON.") from None
         if not isinstance(found, list) or not all(isinstance(task, dict) for task in found):
             raise LabelStudioError(f"The export of project {project} from {self.url} is no list of tasks.")
         return found
 
-    def merge_task_data(self, task: int, changes: Mapping[str, Any]) -> bool:
-        """Change some fields of a task's data; ``None`` removes one. Whether there was anything to change.
+    def set_task_field(self, project: int, task: int, name: str, value: float | None) -> None:
+        """Set one field of a task's data; ``None`` is ``null``. The others stay, and so does what is edited meanwhile.
 
-        Label Studio replaces the data as a whole: what it has is read right before.
+        This is the Data Manager's *Add Or Modify Data Field*. Changing the task itself replaces all of its data, so that an edit since it
+        was read is lost; and a file that came from a storage is kept under a name (``$undefined$``) that no answer shows, in place of
+        which all show the config's first field.
+
+        Raises
+        ------
+        TaskGone
+            There is no such task.
         """
-        data = self.task(task)
-        merged = {k: v for k, v in {**data, **changes}.items() if k not in changes or changes[k] is not None}
-        if merged == data:
-            return False
-        self._call(lambda: self.sdk.tasks.update(id=str(task), data=merged))
-        return True
+        # The action has no type for null, only an expression that picks one of the values listed.
+        typed_value = ("Number", value) if value is not None else ("Expression", "choices([null])")
+        body = {
+            "selectedItems": {"all": False, "included": [task]},
+            "value_name": name,
+            "value_type": typed_value[0],
+            "value": typed_value[1],
+        }
+        answer = self._call(lambda: self._ask("POST", f"/api/dm/actions?id=add_data_field&project={project}", json=body))
+        if answer.json().get("detail") == "Updated 0 tasks":
+            raise TaskGone(f"Label Studio at {self.url} does not know task {task} of project {project} any more.")
 
     def retrieve_predictions(self, project: int) -> None:
         """Have Label Studio ask its backend for predictions of all tasks that lack one."""
@@ -356,6 +362,14 @@ class LabelStudioClient:
                 request_options={"timeout_in_seconds": 120},
             )
         )
+
+    def _ask(self, method: str, path: str, **more: Any) -> httpx.Response:
+        """A request that the SDK has no method for, its errors as the SDK has them; to be made within :meth:`_call`."""
+        _ = self.sdk  # says what is missing, before anything is asked
+        answer = self._http.request(method, self.url + path, headers=dict(self.authorization()), **more)
+        if not answer.is_success:
+            raise ApiError(status_code=answer.status_code, body=_json_or_text(answer))
+        return answer
 
     def _call(self, function: Callable[[], T]) -> T:
         try:
@@ -375,6 +389,13 @@ class LabelStudioClient:
                 f"At {self.url} something else answers than Label Studio (no JSON).",
                 hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
             ) from error
+
+
+def _json_or_text(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError:
+        return answer.text[:300]
 
 
 def _content(result: Any, score: Any, cluster: Any = None) -> str:

@@ -25,6 +25,7 @@ from backend.label_studio.labeling_config import LabelingConfig, parse_config
 from backend.label_studio.learnt import slide_heads
 from backend.label_studio.publisher import services_of
 from backend.label_studio.services import Services
+from backend.label_studio.task_fields import TaskFields
 from backend.label_studio.teaching import Lesson, Progress, Teacher
 from backend.learning.acquisition import choice_like, labelling_order
 from backend.learning.heads import Float64Array, Head, predict
@@ -369,7 +370,7 @@ def _rank(services: Services, project: int, lesson: Lesson, snapshot: ProjectSna
     """Write ranks into the tasks' data, the most urgent first; stops where a newer training waits, which does it
     anyway."""
     rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
-    written = 0
+    written, fields = 0, TaskFields(services.client, project)
     for done, row in enumerate(rows.tolist(), start=1):
         slide = lesson.slides[row]
         sure = float(snapshot.confidence[row])
@@ -378,13 +379,15 @@ def _rank(services: Services, project: int, lesson: Lesson, snapshot: ProjectSna
             "novelty": round(float(snapshot.novelty[row]), 3),
             "confidence": None if np.isnan(sure) else round(sure, 3),
         }
-        if all(slide.data.get(name) == value for name, value in wanted.items()):
+        changed = {name: value for name, value in wanted.items() if slide.data.get(name) != value}
+        if not changed:
             continue
         if done % 20 == 0 and services.training.again(project):
             log.info("project=%d: %d ranks left to the training that waits", project, len(rows) - done)
             break
         try:
-            written += services.client.merge_task_data(slide.task, wanted)
+            fields.set(slide.task, changed)
+            written += 1
         except TaskGone:
             log.info("project=%d task=%d was deleted meanwhile", project, slide.task)
         progress("rank", done, len(rows))
