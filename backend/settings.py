@@ -19,6 +19,8 @@ from backend.errors import SettingsError
 
 LICENCE_VARIABLE = "MMM_LICENSE_ACCEPTED"
 LICENCE_ANSWER = "i accept"
+# fsspec takes every variable that begins with its name for one of its own, and complains of it.
+_RENAMED = {"FSSPEC_PROTOCOLS": "REMOTE_STORES"}
 
 
 def default_data_dir() -> Path:
@@ -87,9 +89,9 @@ class Settings(BaseSettings):
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Hosts (`name` or `name:port`) from which http(s) slides may be fetched, separated by commas."
     )
-    fsspec_protocols: Annotated[tuple[str, ...], NoDecode] = Field(
+    remote_stores: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Remote stores that slides may be read from, by fsspec name, separated by commas: for example `s3,gs`.",
+        description="Remote stores that slides may be read from, separated by commas: `s3`, `gs`, `az` (as `azure-blob`), or another name of fsspec's.",
     )
     download_max_bytes: int = Field(20_000_000_000, ge=1, description="Largest file that is downloaded, in bytes.")
     download_timeout_s: float = Field(
@@ -172,10 +174,12 @@ class Settings(BaseSettings):
     )
 
     # --- Label Studio ---
-    label_studio_url: str = Field("", description="Address of Label Studio, such as `http://localhost:8080`.")
-    label_studio_public_url: str = Field(
-        "",
-        description="Address under which browsers reach Label Studio, if not `LABEL_STUDIO_URL`. Only pages from there may frame the panel.",
+    label_studio_url: str = Field(
+        "", description="Address of Label Studio for this backend, such as `http://localhost:8080`."
+    )
+    label_studio_public_url: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Address under which browsers reach Label Studio, if not `LABEL_STUDIO_URL`; several separated by commas, the first is linked to. Only pages from there may frame the panel.",
     )
     label_studio_api_key: SecretStr = Field(
         SecretStr(""), description="Token of a Label Studio user: a legacy token or a personal access token."
@@ -189,8 +193,9 @@ class Settings(BaseSettings):
         "127.0.0.1", description="Address that the backend listens on. `0.0.0.0` for all; then set a password."
     )
     port: int = Field(9090, ge=0, le=65535, description="Port that the backend listens on.")
-    public_url: str = Field(
-        "", description="Address under which browsers reach the backend. Empty: `http://localhost:PORT`."
+    public_url: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Address under which browsers reach the backend, with its path if it has one; several separated by commas, the first is written into tasks. Empty: `http://localhost:PORT`.",
     )
     basic_auth_user: str = Field(
         "", description="User name that Label Studio must send (basic authentication). Empty: no check."
@@ -209,7 +214,15 @@ class Settings(BaseSettings):
         "text", description="`text`, or `json`: one object a line, with the bag or project that is worked on."
     )
 
-    @field_validator("slide_roots", "allowed_hosts", "fsspec_protocols", "patient_from", mode="before")
+    @field_validator(
+        "slide_roots",
+        "allowed_hosts",
+        "remote_stores",
+        "label_studio_public_url",
+        "public_url",
+        "patient_from",
+        mode="before",
+    )
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
@@ -248,12 +261,17 @@ class Settings(BaseSettings):
             raise ValueError("must be auto, cpu, or a list such as cuda:0,cuda:1")
         return value
 
-    @field_validator("label_studio_url", "label_studio_public_url", "public_url", mode="after")
+    @field_validator("label_studio_url", mode="after")
     @classmethod
     def _bare_url(cls, value: str) -> str:
         if value and not re.match(r"https?://[^/\s]+", value):
             raise ValueError("must start with http:// or https://")
         return value.rstrip("/")
+
+    @field_validator("label_studio_public_url", "public_url", mode="after")
+    @classmethod
+    def _bare_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(cls._bare_url(url) for url in value)
 
     @field_validator("model_dir", mode="after")
     @classmethod
@@ -268,17 +286,29 @@ class Settings(BaseSettings):
     @property
     def label_studio_browser_url(self) -> str:
         """The address under which browsers reach Label Studio, without a final slash; empty if none is known."""
-        return self.label_studio_public_url or self.label_studio_url
+        return self.label_studio_public_url[0] if self.label_studio_public_url else self.label_studio_url
+
+    @property
+    def label_studio_urls(self) -> tuple[str, ...]:
+        """All addresses of Label Studio: the one that this backend asks, then those of browsers; without a final slash."""
+        return tuple(url for url in (self.label_studio_url, *self.label_studio_public_url) if url)
 
     @property
     def browser_url(self) -> str:
         """The address under which browsers reach the backend, without a final slash."""
-        return self.public_url or f"http://localhost:{self.port}"
+        return self.own_urls[0]
+
+    @property
+    def own_urls(self) -> tuple[str, ...]:
+        """All addresses of the backend for browsers, without a final slash; the first is the one that is given out."""
+        return self.public_url or (f"http://localhost:{self.port}",)
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Read the settings, turning what pydantic says into one :class:`~backend.errors.SettingsError` naming each
-    variable."""
+    """Read the settings, turning what pydantic says into one :class:`~backend.errors.SettingsError` naming each variable."""
+    for old, new in _RENAMED.items():
+        if os.environ.get(old):
+            raise SettingsError(f"{old} is not read any more.", hint=f"Set {new}={os.environ[old]} in its place.")
     try:
         return Settings(**overrides)
     except ValidationError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from backend.addresses import thumbnail_of
 from backend.errors import MppUnknown, SlideNotFound, SlideUnreadable
 from backend.label_studio.check import check_prediction
 from backend.label_studio.drawn_area import DrawnArea
@@ -23,8 +23,6 @@ from backend.slides.images import image_size
 from backend.slides.source import SlideRef
 
 TaskData = Mapping[str, Any]
-
-_THUMBNAIL_PATH = re.compile(r"/thumbnails/([0-9a-f]{40})\.jpg")
 
 
 def slide_ref(services: Services, config: LabelingConfig, data: TaskData) -> SlideRef:
@@ -167,9 +165,9 @@ class Answers:
         return size
 
     def _measure(self, picture: str) -> tuple[int, int]:
-        ours = _THUMBNAIL_PATH.fullmatch(urlsplit(picture).path)
+        ours = thumbnail_of(picture)
         if ours:
-            thumbnail = self._services.thumbnails.get(ours.group(1))
+            thumbnail = self._services.thumbnails.get(ours)
             if thumbnail is None:
                 raise SlideNotFound(
                     f"The picture {picture} is not among this backend's thumbnails.",

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import httpx
 from label_studio_sdk.core.api_error import ApiError
 
+from backend.certificates import untrusted
 from backend.errors import LabelStudioError, LabelStudioUnreachable
 
 
@@ -33,6 +34,17 @@ def was_sent(cause: BaseException | None) -> bool:
     if isinstance(cause, ApiError):
         return (cause.status_code or 0) >= 500  # a proxy's time-out, for one
     return not isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout | httpx.PoolTimeout)
+
+
+def unreachable(error: httpx.HTTPError, url: str) -> LabelStudioUnreachable:
+    """What a request that got no answer failed of, as far as the system says."""
+    if (refused := untrusted(error)) is not None:
+        reason, hint = refused
+        return LabelStudioUnreachable(f"The certificate of Label Studio at {url} is not trusted: {reason}.", hint=hint)
+    return LabelStudioUnreachable(
+        f"Label Studio at {url} does not answer ({type(error).__name__}).",
+        hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
+    )
 
 
 def typed(error: ApiError, url: str) -> LabelStudioError:

@@ -15,8 +15,9 @@ from label_studio_sdk import LabelStudio
 from label_studio_sdk.core.api_error import ApiError
 from label_studio_sdk.core.request_options import RequestOptions
 
+from backend.certificates import ssl_context
 from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
-from backend.label_studio.api_errors import RedirectRefused, TaskGone, typed, was_sent
+from backend.label_studio.api_errors import RedirectRefused, TaskGone, typed, unreachable, was_sent
 from backend.label_studio.versions import is_ours, model_of
 from backend.learning.project_owner import Owner
 from backend.settings import Settings
@@ -49,7 +50,7 @@ class LabelStudioClient:
     def _http(self) -> httpx.Client:
         # Ours, because the SDK gives no way to close its own.
         hooks = {"response": [self._refuse_another_place]}
-        return httpx.Client(timeout=_TIMEOUT_S, follow_redirects=True, event_hooks=hooks)
+        return httpx.Client(verify=ssl_context(), timeout=_TIMEOUT_S, follow_redirects=True, event_hooks=hooks)
 
     def _refuse_another_place(self, response: httpx.Response) -> None:
         # httpx would send the body again wherever a 307 or 308 leads, and that body may be the token.
@@ -85,7 +86,10 @@ class LabelStudioClient:
                 "LABEL_STUDIO_API_KEY is not set, so finished predictions cannot be pushed.",
                 hint="In Label Studio: Account & Settings → Personal Access Token; set it as LABEL_STUDIO_API_KEY.",
             )
-        return self._call(lambda: LabelStudio(base_url=self.url, api_key=key, httpx_client=self._http))
+        made = self._call(lambda: LabelStudio(base_url=self.url, api_key=key, httpx_client=self._http))
+        # Where it exchanges a token it joins addresses so that without a final slash the last part of ours would be lost, as in http://name/ls.
+        made._client_wrapper._tokens_client._base_url = f"{self.url}/"
+        return made
 
     def authorization(self) -> Mapping[str, str]:
         """The ``Authorization`` header for Label Studio's own files, with a token that is valid now."""
@@ -284,7 +288,8 @@ class LabelStudioClient:
     def _connections(self, project: int, url: str) -> list[Any]:
         """Those with our ``url``, or a title that only we give (where Label Studio reaches us under another address)."""
         found = self._call(lambda: list(self.sdk.ml.list(project=project)))
-        return [b for b in found if str(b.url or "").rstrip("/") == url or is_ours(b.title)]
+        ours = {url, *self._settings.own_urls}
+        return [b for b in found if str(b.url or "").rstrip("/") in ours or is_ours(b.title)]
 
     def secure_webhook(self, project: int, url: str, header: str, secret: str) -> None:
         """Have the project's webhook to ``url`` carry ``secret``; make one for annotations and the project if there is none."""
@@ -348,7 +353,9 @@ class LabelStudioClient:
             "value_type": typed_value[0],
             "value": typed_value[1],
         }
-        answer = self._call(lambda: self._ask("POST", f"/api/dm/actions?id=add_data_field&project={project}", json=body))
+        answer = self._call(
+            lambda: self._ask("POST", f"/api/dm/actions?id=add_data_field&project={project}", json=body)
+        )
         if answer.json().get("detail") == "Updated 0 tasks":
             raise TaskGone(f"Label Studio at {self.url} does not know task {task} of project {project} any more.")
 
@@ -375,10 +382,7 @@ class LabelStudioClient:
         try:
             return function()
         except httpx.HTTPError as error:
-            raise LabelStudioUnreachable(
-                f"Label Studio at {self.url} does not answer ({type(error).__name__}).",
-                hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
-            ) from error
+            raise unreachable(error, self.url) from error
         except ApiError as error:
             if error.status_code == 401:
                 # The next call begins anew: Label Studio may have forgotten a token that has not run out, as after a restart.

@@ -40,9 +40,7 @@ class TaskFields:
         if before is None:
             return
         after = self._client.task(task)
-        changed = [
-            name for name in sorted({*before, *after} - set(fields)) if before.get(name) != after.get(name)
-        ]
+        changed = [name for name in sorted({*before, *after} - set(fields)) if before.get(name) != after.get(name)]
         if not changed:
             self._trusted = True
             return

@@ -27,6 +27,7 @@ from backend.errors import (
 from backend.paths import StrPath
 from backend.results.bag import BagResult, Float32Array
 from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
+from backend.stores import driver_hint
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,7 @@ class ResultStore:
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url, **remembers_nothing)
         except (ImportError, ValueError) as error:
-            raise SettingsError(
-                f"RESULTS_URL {url!r} cannot be opened: {error}.",
-                hint="For s3, install the extra `s3`; other stores need the package that fsspec names.",
-            ) from error
+            raise SettingsError(f"RESULTS_URL {url!r} cannot be opened: {error}.", hint=driver_hint(url)) from error
         self._local = isinstance(self._fs, LocalFileSystem)
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._objects = not protocols.isdisjoint(_OBJECT_STORES)

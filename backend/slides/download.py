@@ -11,22 +11,24 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from ssl import SSLContext
 from typing import Any, BinaryIO, ClassVar
 from urllib.parse import urljoin, urlsplit
 
 import fsspec
 import httpx
 
+from backend.addresses import origin
+from backend.certificates import ssl_context, untrusted
 from backend.errors import BackendError, DownloadFailed, SettingsError, SlideNotFound, SourceError, SourceRefused
 from backend.results.bag import digest
 from backend.settings import Settings
 from backend.slides.pace import Watch
 from backend.slides.peers import guard
-from backend.slides.places import Place, check_redirect, origin, shown
+from backend.slides.places import Place, check_redirect, shown
 from backend.slides.underway import Download, once
+from backend.stores import driver_hint
 
 log = logging.getLogger(__name__)
 
@@ -216,11 +218,6 @@ def _from_store(transfer: _Transfer) -> None:
 # --- http ---------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=1)
-def _ssl_context() -> SSLContext:
-    return httpx.create_ssl_context()
-
-
 @contextlib.contextmanager
 def _http_errors(place: Place, watch: Watch) -> Iterator[None]:
     try:
@@ -230,6 +227,11 @@ def _http_errors(place: Place, watch: Watch) -> Iterator[None]:
         raise DownloadFailed(f"{shown(place.location)} did not answer in time ({type(error).__name__}).") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         watch.check()  # a connection that was cut from here looks as if the server had hung up
+        if (refused := untrusted(error)) is not None:
+            reason, hint = refused
+            raise DownloadFailed(
+                f"The certificate of {shown(place.location)} is not trusted: {reason}.", hint=hint
+            ) from error
         raise DownloadFailed(
             f"{shown(place.location)} could not be fetched: {error or type(error).__name__}."
         ) from error
@@ -238,7 +240,7 @@ def _http_errors(place: Place, watch: Watch) -> Iterator[None]:
 @contextlib.contextmanager
 def _request(method: str, place: Place, settings: Settings, headers: Headers, watch: Watch) -> Iterator[httpx.Response]:
     """The answer to a request, its body not read yet, after at most five redirects of which each has passed the rules."""
-    with httpx.Client(verify=_ssl_context(), timeout=watch.silence_s, follow_redirects=False) as client:
+    with httpx.Client(verify=ssl_context(), timeout=watch.silence_s, follow_redirects=False) as client:
         at = place
         for _ in range(_MAX_REDIRECTS + 1):
             # The token goes to Label Studio's own files and nowhere else, whoever redirects where.
@@ -316,8 +318,9 @@ def _fsspec(place: Place, use: Callable[[Any, str], Any]) -> Any:
             f"{shown(place.location)} was refused: {error}.", hint="Check the store's credentials."
         ) from error
     except (ImportError, ValueError) as error:
-        hint = "For s3, install the extra `s3`; other stores need the package that fsspec names."
-        raise SettingsError(f"{shown(place.location)} cannot be read: {error}.", hint=hint) from error
+        raise SettingsError(
+            f"{shown(place.location)} cannot be read: {error}.", hint=driver_hint(place.location)
+        ) from error
     except Exception as error:  # stores raise what their client libraries do, of no common class
         raise DownloadFailed(
             f"{shown(place.location)} could not be fetched: {type(error).__name__}: {error}."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import errno
 import os
 import re
@@ -13,8 +15,10 @@ from urllib.parse import SplitResult, parse_qs, unquote, urlsplit, urlunsplit
 
 import httpx
 
+from backend.addresses import label_studio_path, own_path
 from backend.errors import DownloadFailed, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
 from backend.settings import Settings
+from backend.stores import fsspec_url, how_to_allow, is_allowed
 
 PlaceKind = Literal["file", "label_studio", "fsspec", "http"]
 
@@ -29,6 +33,9 @@ _OF_THE_PATH = (
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _UPLOAD = re.compile(r"/data/upload/[^/]+/[^/]+$")
 _RESOLVE = re.compile(r"/(?:api/)?(?:tasks|projects)/\d+/(?:presign|resolve)/?")
+_BELOW_A_PATH = re.compile(
+    r"(/[^/]+)+?(?:/data/(?:upload|local-files)/|/storage-data/uploaded/|/(?:tasks|projects)/\d+/(?:presign|resolve)/)"
+)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
@@ -77,11 +84,11 @@ def classify(value: object, settings: Settings) -> Place:
         return Place("file", str(allowed_file(_decoded(parts.path, value), settings)))
     if scheme:
         return _classify_fsspec(value, scheme, settings)
-    if value.startswith("/data/") and not _is_ours(value, settings):
-        return _classify_label_studio(value, settings)
-    if _RESOLVE.fullmatch(urlsplit(value).path):
-        return _classify_label_studio(value, settings)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", value) and not value.startswith("/"):
+    if value.startswith("/") and not value.startswith("//"):
+        there = _in_label_studio(value, settings)
+        if there is not None:
+            return there
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", value):
         raise SourceRefused(f"{shown(value)} is neither a path nor a URL that is known here.")
     return Place("file", str(allowed_file(value, settings)))
 
@@ -145,13 +152,6 @@ def public(value: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "…@", value.split("?", 1)[0]) if _SCHEME.match(value) else value
 
 
-def origin(url: str) -> tuple[str, str, int]:
-    """(scheme, host, port) of an http(s) URL, lower case, the port filled in."""
-    parts = urlsplit(url)
-    scheme = parts.scheme.lower()
-    return scheme, (parts.hostname or "").lower().rstrip("."), parts.port or _DEFAULT_PORTS.get(scheme, 0)
-
-
 def _is_ours(path: str, settings: Settings) -> bool:
     """Whether a path under /data, where Label Studio has its files, is a file of ours instead."""
     real = Path(os.path.realpath(path))
@@ -190,7 +190,7 @@ def _parse(value: str) -> SplitResult:
 
 def _classify_http(value: str, settings: Settings, *, from_redirect: bool = False) -> Place:
     parts = _parse(value)
-    if _is_own(value, parts, settings):
+    if own_path(value, settings) is not None:
         raise SourceRefused(
             f"{shown(value)} is a picture made by this backend, not the slide.",
             hint="Keep the slide's own location in the task's field `slide`.",
@@ -198,31 +198,40 @@ def _classify_http(value: str, settings: Settings, *, from_redirect: bool = Fals
     local = None if from_redirect else _local_file(parts, settings)
     if local is not None:
         return local
-    if settings.label_studio_url and origin(value) == origin(settings.label_studio_url):
-        prefix = urlsplit(settings.label_studio_url).path
-        path = parts.path[len(prefix) :] if parts.path.startswith(prefix + "/") else ""
-        if _is_label_studio_file(_decoded(path, value)):
-            return _label_studio_place(path, parts.query, value, settings)
-    _, host, port = origin(value)
+    path = label_studio_path(value, settings)
+    if path is not None and _is_label_studio_file(_decoded(path, value)):
+        return _label_studio_place(path, parts.query, value, settings)
+    host, port = (parts.hostname or "").lower().rstrip("."), parts.port or _DEFAULT_PORTS[parts.scheme.lower()]
     names = {host, f"{host}:{port}", f"[{host}]", f"[{host}]:{port}"}
     if names.isdisjoint(name.lower() for name in settings.allowed_hosts):
         what = "A redirect leads to" if from_redirect else "The slide is at"
         hint = f"Add {host}:{port} to ALLOWED_HOSTS to allow it."
-        if "/data/" in parts.path and not from_redirect:
-            hint += " If that is Label Studio, set LABEL_STUDIO_URL to exactly this scheme, host and port."
+        if _BELOW_A_PATH.match("/x" + parts.path) and not from_redirect:
+            hint += " If that is Label Studio, add its address, as it stands there, to LABEL_STUDIO_PUBLIC_URL."
         raise SourceRefused(f"{what} {shown(value)}, and {host}:{port} is not an allowed host.", hint=hint)
     return Place("http", urlunsplit(parts._replace(fragment="")))
 
 
-def _is_own(value: str, parts: SplitResult, settings: Settings) -> bool:
-    own = urlsplit(settings.browser_url)
-    return origin(value) == origin(settings.browser_url) and (parts.path + "/").startswith(own.path + "/")
-
-
-def _classify_label_studio(value: str, settings: Settings) -> Place:
+def _in_label_studio(value: str, settings: Settings) -> Place | None:
+    """Where an address without a host lies in Label Studio; ``None`` if it is a path of ours."""
     parts = urlsplit(value)
+    path = label_studio_path(value, settings)
+    path = parts.path if path is None else path
+    # Also if it climbs: then it is refused, and not looked for on this machine.
+    theirs = path.startswith(("/data/", "/storage-data/uploaded/")) or _RESOLVE.fullmatch(path) is not None
+    below = None if theirs else _BELOW_A_PATH.match(path)
+    if (not theirs and below is None) or _is_ours(value, settings):
+        return None
+    if below is not None:
+        if _is_inside(Path(os.path.realpath(value)), settings):
+            return None
+        raise SourceRefused(
+            f"{shown(value)} lies outside the allowed folders.",
+            hint=f"If it is a file of Label Studio, add the address that the browser shows, with {below[1]}, to LABEL_STUDIO_PUBLIC_URL; "
+            "if it is one on this machine, its folder to SLIDE_ROOTS.",
+        )
     local = _local_file(parts, settings)
-    return local if local is not None else _label_studio_place(parts.path, parts.query, value, settings)
+    return local if local is not None else _label_studio_place(path, parts.query, value, settings)
 
 
 def _label_studio_place(path: str, query: str, value: str, settings: Settings) -> Place:
@@ -240,7 +249,22 @@ def _label_studio_place(path: str, query: str, value: str, settings: Settings) -
         raise SourceRefused(
             f"{shown(value)} is not one of Label Studio's files.", hint="Files of Label Studio lie under /data/."
         )
+    stored = _stored_at(path, query)
+    if stored is not None and is_allowed(stored, settings.remote_stores):
+        return classify(
+            stored, settings
+        )  # it is the same slide for every task, and does not take the way through Label Studio
     return Place("label_studio", settings.label_studio_url + path + (f"?{query}" if query else ""))
+
+
+def _stored_at(path: str, query: str) -> str | None:
+    """The ``s3://…`` (``gs``, ``azure-blob``) behind the address that Label Studio shows in its place."""
+    if _RESOLVE.fullmatch(path) is None:
+        return None
+    text = parse_qs(query).get("fileuri", [""])[0]
+    with contextlib.suppress(ValueError):  # older ones are not encoded
+        text = base64.b64decode(text, altchars=b"-_", validate=True).decode()
+    return text if _SCHEME.match(text) and not text.lower().startswith(("http:", "https:", "file:")) else None
 
 
 def _is_label_studio_file(path: str) -> bool:
@@ -267,13 +291,12 @@ def _local_file(parts: SplitResult, settings: Settings) -> Place | None:
 def _classify_fsspec(value: str, scheme: str, settings: Settings) -> Place:
     if "::" in value:
         raise SourceRefused(f"{shown(value)} chains several stores.", hint="Give the plain URL of the slide.")
-    if scheme not in {name.lower() for name in settings.fsspec_protocols}:
+    if not is_allowed(value, settings.remote_stores):
         raise SourceRefused(
-            f"{shown(value)} is in a store of kind {scheme}, which is not allowed.",
-            hint=f"Add {scheme} to FSSPEC_PROTOCOLS to allow it.",
+            f"{shown(value)} is in a store of kind {scheme}, which is not allowed.", hint=how_to_allow(value)
         )
     if ":" in urlsplit(value).netloc.rpartition("@")[0]:
         raise SourceRefused(
             f"{shown(value)} carries a password.", hint="Put credentials where fsspec finds them, not into the task."
         )
-    return Place("fsspec", value)
+    return Place("fsspec", fsspec_url(value))

@@ -27,6 +27,7 @@ from backend.web.json_body import JsonBodies, described
 from backend.web.metrics import Measured, render_metrics
 from backend.web.overview import OverviewData, overview_router
 from backend.web.panel_routes import Panel, panel_router
+from backend.web.prefix import BelowPrefix, prefix_of
 from backend.web.results import results_router
 
 log = logging.getLogger(__name__)
@@ -85,9 +86,11 @@ def create_app(services: Services) -> FastAPI:
         return Response(body, media_type=content_type)
 
     @app.get("/openapi.json", include_in_schema=False, dependencies=[Depends(require_user)])
-    def description() -> JSONResponse:
+    def description(request: Request) -> JSONResponse:
         """What all of this answers, as OpenAPI."""
-        return JSONResponse(app.openapi())
+        return JSONResponse({**app.openapi(), "servers": [{"url": prefix_of(request) or "/"}]})
+
+    app.add_middleware(BelowPrefix, settings=settings, routes=app.routes)
 
     @app.exception_handler(BackendError)
     async def backend_error(request: Request, error: Exception) -> JSONResponse:

@@ -33,8 +33,8 @@ class PanelAssets:
             content.update(name.encode() + b"\0" + path.read_bytes())
         self.version = content.hexdigest()[:16]
 
-    def page(self, name: str) -> str:
-        """A page's HTML, its ``{assets}`` replaced by where the assets are.
+    def page(self, name: str, prefix: str = "") -> str:
+        """A page's HTML, its ``{prefix}`` replaced by what the browser has in front of our paths, ``{assets}`` by where the assets are.
 
         Raises
         ------
@@ -45,7 +45,9 @@ class PanelAssets:
             raise PanelNotBuilt(
                 "OpenSeadragon, which shows the slide, is not installed.", hint="Run `make panel`, and start again."
             )
-        return (self._folder / name).read_text(encoding="utf-8").replace("{assets}", f"/assets/{self.version}")
+        text = (self._folder / name).read_text(encoding="utf-8")
+        prefix = html.escape(prefix)
+        return text.replace("{assets}", f"{prefix}/assets/{self.version}").replace("{prefix}", prefix)
 
     def router(self) -> APIRouter:
         """``/assets/VERSION/NAME``. Open to all: there is nothing secret in them."""
@@ -83,13 +85,17 @@ def page_headers(settings: Settings) -> dict[str, str]:
 
 def framers(settings: Settings) -> list[str]:
     """Origins whose pages may frame ours. On this machine ``localhost`` and ``127.0.0.1`` are one place with two names."""
-    match = re.match(r"https?://[^/\s;,']+", settings.label_studio_browser_url)
-    if match is None:
-        return []
-    loopback = _LOOPBACK.fullmatch(match[0])
-    if loopback is None:
-        return [match[0]]
-    return [f"{loopback[1]}://{host}{loopback[2] or ''}" for host in ("localhost", "127.0.0.1")]
+    found: dict[str, None] = {}
+    for url in settings.label_studio_public_url or (settings.label_studio_url,):
+        match = re.match(r"https?://[^/\s;,']+", url)
+        if match is None:
+            continue
+        loopback = _LOOPBACK.fullmatch(match[0])
+        hosts = ("localhost", "127.0.0.1") if loopback else ()
+        found |= dict.fromkeys(
+            [f"{loopback[1]}://{host}{loopback[2] or ''}" for host in hosts] if loopback else [match[0]]
+        )
+    return list(found)
 
 
 def message_page(title: str, message: str, hint: str, status: int, settings: Settings) -> HTMLResponse:

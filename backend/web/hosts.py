@@ -27,8 +27,8 @@ class KnownNames:
     """The names under which this backend may be asked: private ones, addresses, and those that ``PUBLIC_URL`` and ``HOST`` say."""
 
     def __init__(self, settings: Settings) -> None:
-        public = urlsplit(settings.browser_url).hostname or ""
-        self._set = {public.lower().rstrip("."), settings.host.lower().rstrip(".")} - {""}
+        names = [urlsplit(url).hostname or "" for url in settings.own_urls] + [settings.host]
+        self._set = {name.lower().rstrip(".") for name in names} - {""}
 
     def __contains__(self, place: str) -> bool:
         """Whether ``place``, a name or address with or without a port, is one of them."""

@@ -23,6 +23,7 @@ from backend.slides.source import SlideRef
 from backend.web.assets import PanelAssets, page_headers
 from backend.web.embedding_map import EmbeddingMap
 from backend.web.hosts import KnownNames
+from backend.web.prefix import prefix_of
 from backend.web.project_extras import ProjectLearning
 from backend.web.signing import SlideSigner
 
@@ -192,12 +193,12 @@ def overview_router(
     """The overview's routes, all behind basic authentication where it is set."""
     router = APIRouter(tags=["overview"], dependencies=[Depends(require_user)])
     settings = services.settings
-    names, public = KnownNames(settings), _site(settings.browser_url)
+    names, public = KnownNames(settings), {_site(url) for url in settings.own_urls}
 
     @router.get("/", response_class=HTMLResponse)
-    def page() -> HTMLResponse:
+    def page(request: Request) -> HTMLResponse:
         """The overview for people."""
-        return HTMLResponse(assets.page("overview.html"), headers=page_headers(settings))
+        return HTMLResponse(assets.page("overview.html", prefix_of(request)), headers=page_headers(settings))
 
     @router.get("/api/overview")
     def overview(limit: Limit = 100, status: Status | None = None) -> Overview:
@@ -215,9 +216,11 @@ def overview_router(
         return SlideMap(**data.map.as_json())
 
     @router.get("/slides/{key}", response_class=RedirectResponse, status_code=307)
-    def slide(key: str, project: Annotated[int | None, Query(ge=0, lt=MAX_PROJECT)] = None) -> RedirectResponse:
+    def slide(
+        request: Request, key: str, project: Annotated[int | None, Query(ge=0, lt=MAX_PROJECT)] = None
+    ) -> RedirectResponse:
         """To the panel of a bag's slide, under a signature made for it, and for the project whose heads are to speak there."""
-        return RedirectResponse(f"/panel?slide={signer.token(data.slide_ref(key), project)}")
+        return RedirectResponse(f"{prefix_of(request)}/panel?slide={signer.token(data.slide_ref(key), project)}")
 
     @router.post("/api/jobs/{key}/retry")
     def retry(key: str, request: Request, origin: Annotated[str | None, Header()] = None) -> dict[str, Any]:
@@ -225,7 +228,11 @@ def overview_router(
         # A browser adds the password to any site's request; it also says which site that was. Where it asked is the same site if a stranger's
         # name leads here: only a name that is ours makes it ours.
         site = None if origin is None else _site(origin)
-        if site not in (None, public) and not (site == request.headers.get("host", "").lower() and site in names):
+        if (
+            site is not None
+            and site not in public
+            and not (site == request.headers.get("host", "").lower() and site in names)
+        ):
             raise OriginRefused(
                 f"A page of {origin} may not do this.",
                 hint="Use the overview of this backend. If this is it, set PUBLIC_URL to the address that your browser shows.",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 import anyio
 import anyio.to_thread
-from fastapi import APIRouter, Header, Query, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
 
 from backend.errors import BackendError, ResultNotFound, SignatureInvalid
@@ -29,6 +29,7 @@ from backend.web.panel_data import (
     weights_block,
 )
 from backend.web.panel_extras import LearntExtras
+from backend.web.prefix import prefix_of
 from backend.web.signing import SlideSigner
 from backend.web.slide_cache import SlideCache
 
@@ -140,11 +141,11 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
     settings = panel.services.settings
 
     @router.get("/panel", response_class=HTMLResponse)
-    def page(token: Token = "") -> HTMLResponse:
+    def page(request: Request, token: Token = "") -> HTMLResponse:
         """The page of one slide, made to be framed by Label Studio."""
         try:
             panel.signer.read(token)
-            return HTMLResponse(assets.page("index.html"), headers=page_headers(settings))
+            return HTMLResponse(assets.page("index.html", prefix_of(request)), headers=page_headers(settings))
         except BackendError as error:
             title = "This address is not valid" if isinstance(error, SignatureInvalid) else "The panel cannot be shown"
             return message_page(title, error.message, error.hint, error.http_status, settings)

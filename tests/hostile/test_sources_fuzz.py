@@ -125,7 +125,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             slide_roots=(root,),
             allowed_hosts=(allowed.host, "allowed.example"),
             label_studio_url=studio.url,
-            fsspec_protocols=("memory",),
+            remote_stores=("memory",),
             download_timeout_s=5,
         )
         yield World(folder, root, outside, settings, allowed, studio, forbidden)

@@ -173,7 +173,7 @@ def test_thumbnails_can_be_drawn_by_another_origin(backend, slide: Path) -> None
         ({"slide": "/etc/passwd"}, 403, "SLIDE_ROOTS"),
         ({"slide": "ROOT/../../../etc/passwd"}, 403, "SLIDE_ROOTS"),
         ({"slide": "http://169.254.169.254/latest"}, 403, "ALLOWED_HOSTS"),
-        ({"slide": "s3://bucket/slide.svs"}, 403, "FSSPEC_PROTOCOLS"),
+        ({"slide": "s3://bucket/slide.svs"}, 403, "REMOTE_STORES"),
         ({"other": "x"}, 400, "no field 'image'"),
         ({"slide": 7}, 400, "no location"),
         ({"slide": "ROOT/slide.tif", "mpp": "big"}, 422, "mpp"),

@@ -487,7 +487,7 @@ def test_the_refusal_of_a_host_says_what_to_set_and_keeps_signatures_secret(sett
         remote(settings, studio).resolve("https://slides.example/x.svs?signature=verysecret")
     assert "Add slides.example:443 to ALLOWED_HOSTS" in str(caught.value)
     assert "verysecret" not in str(caught.value)
-    with pytest.raises(SourceRefused, match="Add s3 to FSSPEC_PROTOCOLS"):
+    with pytest.raises(SourceRefused, match="Add s3 to REMOTE_STORES"):
         remote(settings, studio).resolve("s3://bucket/x.svs")
 
 
@@ -637,7 +637,7 @@ def memory() -> Iterator[fsspec.AbstractFileSystem]:
 
 
 def test_a_slide_comes_from_a_store_that_is_configured(settings: Make, memory: fsspec.AbstractFileSystem) -> None:
-    resolver = SourceResolver(settings(fsspec_protocols=("memory",)))
+    resolver = SourceResolver(settings(remote_stores=("memory",)))
     ref = resolver.resolve("memory://bucket/x.svs")
     assert ref.kind == "fsspec"
     assert resolver.fetch(ref)[0].read_bytes() == b"in store"
@@ -646,13 +646,11 @@ def test_a_slide_comes_from_a_store_that_is_configured(settings: Make, memory: f
     with pytest.raises(SourceRefused, match="is a folder"):
         resolver.resolve("memory://bucket")
     with pytest.raises(SourceRefused, match="larger than 3 bytes"):
-        SourceResolver(settings(fsspec_protocols=("memory",), download_max_bytes=3, model_dir="/nonexistent")).fetch(
-            ref
-        )
+        SourceResolver(settings(remote_stores=("memory",), download_max_bytes=3, model_dir="/nonexistent")).fetch(ref)
 
 
 def test_a_store_cannot_be_used_to_read_files_or_chains(settings: Make, root: Path) -> None:
-    resolver = SourceResolver(settings(fsspec_protocols=("memory", "s3")))
+    resolver = SourceResolver(settings(remote_stores=("memory", "s3")))
     for value in (f"local://{root}/a.svs", f"file://{root}/a.svs", f"memory://x::file://{root}/a.svs", "s3://k:v@b/x"):
         with pytest.raises(SourceRefused):
             resolver.resolve(value)
@@ -660,4 +658,4 @@ def test_a_store_cannot_be_used_to_read_files_or_chains(settings: Make, root: Pa
 
 def test_a_store_whose_package_is_missing_is_a_setting_to_correct(settings: Make) -> None:
     with pytest.raises(SettingsError, match="nosuchstore"):
-        SourceResolver(settings(fsspec_protocols=("nosuchstore",))).resolve("nosuchstore://x.svs")
+        SourceResolver(settings(remote_stores=("nosuchstore",))).resolve("nosuchstore://x.svs")

@@ -1,4 +1,5 @@
 // What heads say of the slide, and which labelled slides are like it; where nothing was learnt, what is missing.
+import { below } from "./addresses.js";
 import { element } from "./dom.js";
 import { number, sure } from "./words.js";
 
@@ -62,7 +63,7 @@ function value({ kind, value: said, confidence, tolerance }) {
 }
 
 function neighbour({ name, label, similarity, same_patient: same, panel, picture }) {
-  const image = element("img", { src: picture || null, alt: "", width: 56, height: 56, loading: "lazy" });
+  const image = element("img", { src: picture ? below(picture) : null, alt: "", width: 56, height: 56, loading: "lazy" });
   // A slide that cannot be read (any more) is still worth naming.
   image.addEventListener("error", () => image.removeAttribute("src"));
   const alike = `similarity ${similarity.toFixed(2)}${same ? ", same patient" : ""}`;
@@ -71,7 +72,7 @@ function neighbour({ name, label, similarity, same_patient: same, panel, picture
     element("span", { class: "name", text: name }),
     element("span", { class: "quiet", text: alike }));
   const title = `${name}: ${label}, ${alike}`;
-  const link = panel ? element("a", { href: panel, target: "_blank", title: `${title}. Open it in a new tab` }) : element("span", { class: "unlinked", title });
+  const link = panel ? element("a", { href: below(panel), target: "_blank", title: `${title}. Open it in a new tab` }) : element("span", { class: "unlinked", title });
   link.append(image, about);
   return element("li", {}, link);
 }

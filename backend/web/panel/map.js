@@ -1,4 +1,5 @@
 // The map of slides: coloured by what is said of them, or by how sure a head is.
+import { below } from "./addresses.js";
 import { colourTable } from "./colours.js";
 import { drawn, element } from "./dom.js";
 import { number, sure } from "./words.js";
@@ -63,7 +64,7 @@ function draw() {
     if (point.label) said.push(point.suggested ? `${point.label} (suggested)` : point.label);
     if (point.confidence !== null) said.push(`confidence ${sure(point.confidence)}`);
     mark.append(drawn("title", { text: said.join(", ") }));
-    return drawn("a", { href: point.url, "aria-label": said.join(", ") }, mark);
+    return drawn("a", { href: below(point.url), "aria-label": said.join(", ") }, mark);
   });
   $("map").replaceChildren(
     drawn("line", { class: "axis", x1: 0, x2: 600, y1: 200, y2: 200 }),

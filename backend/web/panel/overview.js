@@ -1,4 +1,5 @@
 // The overview: what /api/overview, /api/projects and /api/map say, again every few seconds while the page is seen.
+import { below } from "./addresses.js";
 import { element } from "./dom.js";
 import { setUpMap, showMap } from "./map.js";
 import { showProjects } from "./projects.js";
@@ -14,7 +15,7 @@ let filter = "";
 let rounds = 0;
 
 async function asked(path, options) {
-  const answer = await fetch(path, options);
+  const answer = await fetch(below(path), options);
   const body = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new Error(body.detail ?? `The backend answered ${answer.status}.`);
   return body;
@@ -42,7 +43,7 @@ function showWorkers(workers) {
 }
 
 function jobRow(job) {
-  const what = job.panel ? element("a", { href: job.panel, text: job.about || job.key }) : element("span", { text: job.about || job.key });
+  const what = job.panel ? element("a", { href: below(job.panel), text: job.about || job.key }) : element("span", { text: job.about || job.key });
   const words = progress({ phase: { started: "running", queued: "queued" }[job.status] ?? "", job, waiting: [] });
   const detail = element("td", {});
   if (job.status === "started" && job.total) detail.append(element("progress", { max: job.total, value: job.done, "aria-label": "Tiles analysed" }));

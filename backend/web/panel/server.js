@@ -1,5 +1,7 @@
 // What the page asks of the server, and how it learns that something changed.
 
+import { below } from "./addresses.js";
+
 export const token = new URLSearchParams(location.search).get("slide") ?? "";
 const query = `slide=${encodeURIComponent(token)}`;
 
@@ -14,7 +16,7 @@ export class Refused extends Error {
 async function answered(path) {
   let answer;
   try {
-    answer = await fetch(path);
+    answer = await fetch(below(path));
   } catch {
     throw new Refused({ code: "unreachable", message: "The backend does not answer.", hint: "It is asked again by itself." });
   }
@@ -26,9 +28,9 @@ async function answered(path) {
 export const slide = async () => (await answered(`/panel/slide?${query}`)).json();
 export const state = async () => (await answered(`/panel/state?${query}`)).json();
 export const weights = async () => (await answered(`/panel/weights?${query}`)).arrayBuffer();
-export const tissueUrl = () => `/panel/tissue.png?${query}`;
-export const tileUrl = (level, x, y) => `/deepzoom/${token}/slide_files/${level}/${x}_${y}.jpg`;
-export const regionUrl = (x, y, size, px) => `/deepzoom/${token}/region.jpg?x=${x}&y=${y}&size=${size}&px=${px}`;
+export const tissueUrl = () => below(`/panel/tissue.png?${query}`);
+export const tileUrl = (level, x, y) => below(`/deepzoom/${token}/slide_files/${level}/${x}_${y}.jpg`);
+export const regionUrl = (x, y, size, px) => below(`/deepzoom/${token}/region.jpg?x=${x}&y=${y}&size=${size}&px=${px}`);
 
 const POLL_MS = 3000;
 const REFUSALS_UNTIL_POLLING = 3;
@@ -47,7 +49,7 @@ export function watch(onStatus) {
   }
 
   function stream() {
-    source = new EventSource(`/panel/events?${query}`);
+    source = new EventSource(below(`/panel/events?${query}`));
     source.addEventListener("status", (event) => {
       refusals = 0;
       onStatus(JSON.parse(event.data));
