@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from backend.jobs.redis_server import EmbeddedRedis
     from backend.settings import Settings
     from backend.slides.synthetic import SyntheticSlide
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -95,3 +99,23 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("stand-in") / "stand-in.pt.zip"
     build_stand_in(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def label_studio_venv() -> Path:
+    """Label Studio's virtual environment: ``LABEL_STUDIO_VENV``, else ``.venv-label-studio`` in the repository."""
+    from backend.demo.label_studio_venv import LABEL_STUDIO_VERSION, installed_version
+
+    venv = REPOSITORY / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")
+    if installed_version(venv) != LABEL_STUDIO_VERSION:
+        pytest.skip(f"no Label Studio {LABEL_STUDIO_VERSION} in {venv}: `make test` installs it")
+    return venv
+
+
+@pytest.fixture(scope="session")
+def chromium_path() -> str:
+    """The browser that this machine has; none is downloaded."""
+    found = next((path for path in map(shutil.which, CHROMIUM_NAMES) if path), None)
+    if found is None:
+        pytest.skip(f"none of {', '.join(CHROMIUM_NAMES)} is installed: `make test` as root installs chromium")
+    return found

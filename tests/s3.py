@@ -27,9 +27,9 @@ class S3:
             time.sleep(0.05)
         self._buckets = itertools.count(1)
         self._patch = pytest.MonkeyPatch()
-        self._url = f"http://127.0.0.1:{port}"
+        self.endpoint = f"http://127.0.0.1:{port}"
         variables = {
-            "AWS_ENDPOINT_URL": self._url,
+            "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
@@ -40,7 +40,7 @@ class S3:
     def bucket(self) -> str:
         """A new bucket, as a URL."""
         name = f"bucket-{next(self._buckets)}"
-        httpx.put(f"{self._url}/{name}", trust_env=False).raise_for_status()
+        httpx.put(f"{self.endpoint}/{name}", trust_env=False).raise_for_status()
         return f"s3://{name}"
 
     def stop(self) -> None:

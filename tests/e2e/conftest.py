@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,18 +11,6 @@ from running_backend import Backend, running_backend
 from studio import REPOSITORY, Editor, Studio
 
 from backend.demo.label_studio_process import LabelStudioProcess
-from backend.demo.label_studio_venv import LABEL_STUDIO_VERSION, installed_version
-
-CHROMIUM_NAMES = ("chromium", "chromium-browser", "google-chrome")
-
-
-@pytest.fixture(scope="session")
-def label_studio_venv() -> Path:
-    """Label Studio's virtual environment: ``LABEL_STUDIO_VENV``, else ``.venv-label-studio`` in the repository."""
-    venv = REPOSITORY / os.environ.get("LABEL_STUDIO_VENV", ".venv-label-studio")
-    if installed_version(venv) != LABEL_STUDIO_VERSION:
-        pytest.skip(f"no Label Studio {LABEL_STUDIO_VERSION} in {venv}: `make test` installs it")
-    return venv
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +35,6 @@ def backend(label_studio: Studio, stand_in: Path, tmp_path_factory: pytest.TempP
     """A backend for the module's tests. Its workers are not running yet."""
     with running_backend(label_studio, stand_in, tmp_path_factory.mktemp("backend")) as backend:
         yield backend
-
-
-@pytest.fixture(scope="session")
-def chromium_path() -> str:
-    """The browser that this machine has; none is downloaded."""
-    found = next((path for path in map(shutil.which, CHROMIUM_NAMES) if path), None)
-    if found is None:
-        pytest.skip(f"none of {', '.join(CHROMIUM_NAMES)} is installed: `make test` as root installs chromium")
-    return found
 
 
 # One browser a test: while Playwright runs, asyncio believes that this thread has a running loop, which would break every

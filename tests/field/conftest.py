@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ import tifffile
 from field_slides import Maker, Picture
 
 from backend.settings import Settings
+
+if TYPE_CHECKING:
+    from field_studio import StudioBelow
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +49,12 @@ def case(tmp_path_factory: pytest.TempPathFactory, picture: Picture) -> Callable
 def anywhere(settings: Callable[..., Settings]) -> Settings:
     """Settings with all defaults."""
     return settings()
+
+
+@pytest.fixture(scope="session")
+def studio(label_studio_venv: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StudioBelow]:
+    """A real Label Studio below a path, for the run."""
+    from field_studio import studio_below_a_path
+
+    with studio_below_a_path(label_studio_venv, tmp_path_factory.mktemp("studio")) as studio:
+        yield studio

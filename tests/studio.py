@@ -1,4 +1,4 @@
-"""What the end-to-end tests do to a real Label Studio: through its API (`Studio`) and through a browser (`Editor`)."""
+"""What tests do to a real Label Studio: through its API (`Studio`) and through a browser (`Editor`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from playwright.sync_api import TimeoutError as PlaywrightTimeout
 
 from backend.demo.label_studio_process import LabelStudioProcess
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 SCREENSHOTS = REPOSITORY / "build" / "screenshots"
 
 # Label Studio asks for tips from the internet and answers 404 where there is none, and reports each frame to itself.
