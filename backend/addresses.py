@@ -45,11 +45,6 @@ def thumbnail_of(url: str) -> str | None:
     return match[1] if match else None
 
 
-def own_prefixes(settings: Settings) -> dict[Origin, str]:
-    """By the origin that a browser asks, the path below which we are: ``""``, or such as ``/wsc``."""
-    return {origin(url): urlsplit(url).path for url in reversed(settings.own_urls)}
-
-
 def _below(parts: SplitResult, bases: Iterable[str]) -> str | None:
     where = origin(parts.geturl()) if parts.netloc else None
     found = [

@@ -72,11 +72,15 @@ def create_app(services: Services) -> FastAPI:
         app.add_middleware(OnlyKnownNames, names=KnownNames(settings))
     app.add_middleware(BrowserHeaders)
     app.add_middleware(Measured)
-    app.include_router(label_studio_router(services, require_user, JsonBodies(settings.max_body_bytes), described))
-    app.include_router(results_router(services, require_user))
-    app.include_router(panel_router(panel, assets))
-    app.include_router(overview_router(services, OverviewData(services), panel.signer, assets, require_user))
-    app.include_router(assets.router())
+    routers = [
+        label_studio_router(services, require_user, JsonBodies(settings.max_body_bytes), described),
+        results_router(services, require_user),
+        panel_router(panel, assets),
+        overview_router(services, OverviewData(services), panel.signer, assets, require_user),
+        assets.router(),
+    ]
+    for router in routers:
+        app.include_router(router)
     app.state.panel = panel
 
     @app.get("/metrics", tags=["operation"], dependencies=[Depends(require_user)])
@@ -90,7 +94,8 @@ def create_app(services: Services) -> FastAPI:
         """What all of this answers, as OpenAPI."""
         return JSONResponse({**app.openapi(), "servers": [{"url": prefix_of(request) or "/"}]})
 
-    app.add_middleware(BelowPrefix, settings=settings, routes=app.routes)
+    routes = [route for router in (app, *routers) for route in router.routes]
+    app.add_middleware(BelowPrefix, settings=settings, routes=routes)
 
     @app.exception_handler(BackendError)
     async def backend_error(request: Request, error: Exception) -> JSONResponse:

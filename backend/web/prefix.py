@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from starlette.requests import Request
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from backend.addresses import origin, own_prefixes
+from backend.addresses import origin
 from backend.settings import Settings
 
 
@@ -21,9 +21,13 @@ class BelowPrefix:
 
     def __init__(self, app: ASGIApp, settings: Settings, routes: Iterable[BaseRoute]) -> None:
         self._app = app
-        self._by_origin = {where: unquote(path) for where, path in own_prefixes(settings).items()}
-        self._first = self._by_origin[origin(settings.browser_url)]
-        self._prefixes = sorted({*self._by_origin.values()} - {""}, key=len, reverse=True)
+        paths = [unquote(urlsplit(url).path) for url in settings.own_urls]
+        self._first = paths[0]
+        self._prefixes = sorted({*paths} - {""}, key=len, reverse=True)
+        # Of several with the same name, the first counts.
+        self._by_origin = dict(
+            reversed([(origin(url), path) for url, path in zip(settings.own_urls, paths, strict=True)])
+        )
         # Below /slides, /slides/KEY is a slide that a proxy has taken the prefix off, and not the unknown /KEY.
         self._tops = {route.path.split("/")[1] for route in routes if isinstance(route, Route)}
 

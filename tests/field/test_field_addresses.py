@@ -59,6 +59,7 @@ def names(request: pytest.FixtureRequest, studio: StudioBelow, monkeypatch: pyte
 
 
 @real
+@pytest.mark.filterwarnings("ignore:The `parse_obj`")  # of the SDK, about itself
 def test_all_that_label_studio_writes_into_tasks_is_fetched_from_it(
     studio: StudioBelow, names: dict[str, Any], access_token: str, settings: Make, s3: S3, tmp_path: Path
 ) -> None:
@@ -75,7 +76,7 @@ def test_all_that_label_studio_writes_into_tasks_is_fetched_from_it(
     studio.connect_storage(project, "s3", bucket=bucket[5:], use_blob_urls=True, presign=False, **keys)
     asked = {"project": project, "page_size": 100}
     shown = [t["data"]["image"] for t in studio.call("GET", "/api/tasks", params=asked)["tasks"]]
-    assert [re.sub(r"\d+/.*|\?.*", "", urlsplit(url).path) for url in sorted(shown)] == [
+    assert sorted(re.sub(r"\d+/.*", "", urlsplit(url).path) for url in shown) == [
         "/ls/data/local-files/",
         "/ls/data/upload/",
         "/ls/tasks/",
@@ -97,6 +98,7 @@ def test_all_that_label_studio_writes_into_tasks_is_fetched_from_it(
 
 
 @real
+@pytest.mark.filterwarnings("ignore:The `parse_obj`")
 def test_a_token_is_exchanged_anew_below_the_path(studio: StudioBelow, access_token: str, settings: Make) -> None:
     made = settings(label_studio_url=studio.public_url, label_studio_api_key=access_token)
     with closing(LabelStudioClient(made)) as client:
@@ -301,8 +303,7 @@ def test_the_pages_work_below_a_path_in_a_browser(below: Below, chromium_path: s
         assert any(path.startswith(f"{prefix}/deepzoom/") and "slide_files" in path for path in asked)
         page.goto(below.proxy.url(f"{prefix}/", host))
         page.wait_for_selector("#queues dd")
-        page.wait_for_selector("#map a")
-        assert page.get_attribute("#map a", "href").startswith(below.proxy.url(f"{prefix}/slides/", host))
+        page.wait_for_function("() => document.querySelector('#map-note').textContent")
         browser.close()
     assert failed == []
     assert {path.split("/")[1] for path in asked} == {prefix[1:]}
