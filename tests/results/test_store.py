@@ -208,7 +208,9 @@ def test_a_result_that_is_damaged_again_and_again_is_not_computed_for_ever(place
     assert store.get(KEY) is not None
 
 
-@pytest.mark.parametrize(("url", "says"), [("gs://bucket/x", "gcsfs.*the extra `gcs`"), ("foo://x", "not known.*Stores are s3, gs, az")])
+@pytest.mark.parametrize(
+    ("url", "says"), [("gs://bucket/x", "gcsfs.*the extra `gcs`"), ("foo://x", "not known.*Stores are s3, gs, az")]
+)
 def test_a_store_of_a_kind_that_is_not_installed_says_what_to_do(url: str, says: str) -> None:
     with pytest.raises(SettingsError, match=rf"RESULTS_URL.*{says}"):
         ResultStore(url)
