@@ -16,9 +16,9 @@ from synthetic_bags import grid_of, synthetic_patches, synthetic_result
 from backend.errors import HeadMismatch, LabelConfigUnsupported, RequestInvalid
 from backend.label_studio import rle
 from backend.label_studio.check import check_prediction
+from backend.label_studio.drawn_area import DrawnArea, area_from_context
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.learnt import HeadSuggestion, Learnt, TileClasses
-from backend.label_studio.drawn_area import DrawnArea, area_from_context
 from backend.label_studio.regions import predict_regions
 from backend.slides.geojson import to_geojson
 from backend.slides.render import shown_size
