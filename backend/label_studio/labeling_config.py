@@ -134,8 +134,11 @@ def parse_config(xml: str) -> LabelingConfig:
     controls: list[Control] = []
     unused: list[UnusedControl] = []
     for read in controls_of(places, images):
-        (controls if isinstance(read, Control) else unused).append(read)  # type: ignore[arg-type]
-    names = [control.name for control in (*controls, *unused)]
+        if isinstance(read, Control):
+            controls.append(read)
+        else:
+            unused.append(read)
+    names = [control.name for control in controls] + [control.name for control in unused]
     doubled = next((name for name in names if names.count(name) > 1), None)
     if doubled is not None:
         raise LabelConfigUnsupported(f"The labelling config has two controls named '{doubled}'.")

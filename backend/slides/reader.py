@@ -19,7 +19,7 @@ from backend.errors import ChannelsUnsupported, CodecUnsupported, FormatUnsuppor
 from backend.paths import StrPath
 from backend.results.bag import UInt8Array
 from backend.settings import Settings
-from backend.slides.companions import is_dicom
+from backend.slides.dicom_series import is_dicom
 from backend.slides.direct_reader import DirectSlide
 from backend.slides.formats import check_dicom, check_format, check_not_foreign
 from backend.slides.images import codec_unsupported, load_image, read_patch

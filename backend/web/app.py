@@ -94,7 +94,7 @@ def create_app(services: Services) -> FastAPI:
         """What all of this answers, as OpenAPI."""
         return JSONResponse({**app.openapi(), "servers": [{"url": prefix_of(request) or "/"}]})
 
-    routes = [route for router in (app, *routers) for route in router.routes]
+    routes = [route for router in (app.router, *routers) for route in router.routes]
     app.add_middleware(BelowPrefix, settings=settings, routes=routes)
 
     @app.exception_handler(BackendError)
