@@ -288,7 +288,7 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
                 raise ValueError("its first page is incomplete")
             _check_pixels(path, (page.imagewidth, page.imagelength), limit)
             if not decodable(int(page.compression)):
-                raise codec_unsupported(path, codec_name(int(page.compression)))
+                raise codec_unsupported(path.name, codec_name(int(page.compression)))
             if page.size > _MAX_SAMPLES * page.imagewidth * page.imagelength:
                 raise ValueError(f"it has {page.samplesperpixel} samples a pixel, or depth")
             end = max((a + n for a, n in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
@@ -311,10 +311,10 @@ def _load_tiff(path: Path, limit: int) -> DecodedImage:
     return DecodedImage(image, "tiff (tifffile)", scale.turned() if turned else scale, _notes(survey))
 
 
-def codec_unsupported(path: Path, codec: str) -> CodecUnsupported:
+def codec_unsupported(name: str, codec: str) -> CodecUnsupported:
     """The error for pixels that nothing here decodes."""
     return CodecUnsupported(
-        f"The pixels of {path.name} are compressed with {codec}, which is not supported.",
+        f"The pixels of {name} are compressed with {codec}, which is not supported.",
         hint="Convert it with a program that reads it, to JPEG tiles (for example "
         "`vips tiffsave --tile --pyramid --compression jpeg`, or QuPath).",
     )

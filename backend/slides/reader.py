@@ -188,7 +188,9 @@ def _refused(path: Path, vendor: str, error: str, reason: str, *, shared: bool) 
     if vendor == "dicom":
         header = check_dicom(path)
         if "transfer syntax" in error:
-            raise codec_unsupported(path, f"{header.transfer_syntax_name} (transfer syntax {header.transfer_syntax})")
+            raise codec_unsupported(
+                path.name, f"{header.transfer_syntax_name} (transfer syntax {header.transfer_syntax})"
+            )
     if "compression" in error.lower():
         raise CodecUnsupported(
             reason,

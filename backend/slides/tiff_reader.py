@@ -265,9 +265,8 @@ def _check_kind(path: Path, level: TiffLevel) -> None:
     """
     compression, photometric, samples = level.compression, level.photometric, level.samples
     if not _decodes(level):
-        raise codec_unsupported(
-            path, codec_name(compression) + (f" of {samples} samples a pixel" if compression in _JPEG else "")
-        )
+        kind = f" of {samples} samples a pixel" if compression in _JPEG else ""
+        raise codec_unsupported(path.name, codec_name(compression) + kind)
     reason = ""
     if len(level.pages) == 1 and samples not in _SAMPLES.get(photometric, ()):
         colours = _COLOUR_NAMES.get(photometric, f"TIFF photometric {photometric}")
