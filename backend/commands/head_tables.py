@@ -115,6 +115,8 @@ def training_lines(trained: Trained) -> Iterator[str | Table]:
         yield "No heads yet."
     for few in report.too_few:
         yield f"Still needed: {escape(str(few['message']))}"
+    for control in report.unused:
+        yield f"Not used: {escape(control)}"
     if trained.issues:
         yield issues_table(trained.issues)
     slides = report.slides + report.unanalysed

@@ -91,7 +91,8 @@ def import_slides(
             raise LabelStudioError(f"There is no project {project} in {client.url}.")
         found = client.create_project(project, load_template(template))
         say(f"Created the project “{project}”")
-    parse_config(found.label_config or "")
+    for control in parse_config(found.label_config or "").unused:
+        say(f"Not used: {control}")
     number = int(found.id)
     done = Imported(number, f"{client.url}/projects/{number}/data")
     signer = SlideSigner(services.settings.model_dir)

@@ -51,6 +51,8 @@ class TrainingReport:
         The heads in use: control, level, kind, n_labels, label_counts, calibrated, metrics, prior_stated.
     too_few
         What other controls still need, see :meth:`TooFewLabels.as_dict`.
+    unused
+        Controls of the labelling config that are neither filled nor learnt from, and why.
     issues
         What taught nothing or less than it seems (the first of them), see :class:`~backend.learning.labels.Issue`.
     slides, unanalysed, labelled
@@ -65,6 +67,7 @@ class TrainingReport:
     heads: Sequence[Mapping[str, Any]] = ()
     too_few: Sequence[Mapping[str, Any]] = ()
     issues: Sequence[Mapping[str, Any]] = ()
+    unused: Sequence[str] = ()
     slides: int = 0
     unanalysed: int = 0
     labelled: int = 0
@@ -80,11 +83,17 @@ class TrainingReport:
         parts = [moved, f"heads: {heads}" if heads else "no heads yet", needs]
         parts.append(f"{self.labelled} of {self.slides + self.unanalysed} slides labelled")
         parts.append(f"{len(self.issues)} annotations or answers not used" if self.issues else "")
+        parts += [f"not used: {control}" for control in self.unused]
         return "; ".join(part for part in parts if part)
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON, short enough for a job's result."""
-        return {**self.__dict__, "issues": list(self.issues)[:20], "message": self.message}
+        return {
+            **self.__dict__,
+            "issues": list(self.issues)[:20],
+            "unused": list(self.unused)[:20],
+            "message": self.message,
+        }
 
 
 def train_project(settings: Settings, redis: Redis, project: int, progress: Progress) -> dict[str, Any]:
@@ -203,6 +212,7 @@ def _settle(
         heads=snapshot.about["heads"],
         too_few=snapshot.about["too_few"],
         issues=snapshot.about["issues"],
+        unused=[str(control) for control in config.unused],
         slides=len(lesson.slides),
         unanalysed=lesson.unanalysed,
         labelled=len(lesson.annotated),

@@ -51,6 +51,15 @@ def test_train_says_what_was_learnt_and_what_is_still_needed(project: Project) -
     assert project.studio.project["model_version"] == project.studio.connection["title"] == version
 
 
+def test_train_names_the_controls_that_are_not_used(project: Project) -> None:
+    config = project.studio.project["label_config"]
+    dynamic = '<RectangleLabels name="parts" toName="image" value="$labels"/>'
+    project.studio.project["label_config"] = config.replace("</View>", f"{dynamic}</View>")
+    done = project.command("train", "7")
+    assert done.returncode == 0, done.stderr
+    assert "Not used: <RectangleLabels name='parts'> takes its labels from each task ($labels)" in done.stdout
+
+
 def test_a_project_connected_by_hand_can_teach_afterwards(project: Project) -> None:
     project.studio.connection |= {"url": "http://elsewhere:2/"}  # ours by its title
     project.studio.webhooks.append({"id": 1, "url": "http://elsewhere:2/webhook", "headers": {"X-Theirs": "kept"}})
