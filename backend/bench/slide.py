@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 
 import numpy as np
 import openslide
@@ -11,11 +14,12 @@ import torch
 from backend.bench.decode import single_tile
 from backend.bench.encoder import make_engine
 from backend.bench.material import drawing, swin_checkpoint, write_big_pyramid
-from backend.bench.measure import Figure, Plan, at_least, interleaved
+from backend.bench.measure import Figure, Plan, at_least, below, interleaved
 from backend.inference.blocks import NativeBlocks
 from backend.inference.checkpoint import ensure_checkpoint
 from backend.inference.engine import CUDA_BATCH_TILES, Engine
 from backend.inference.pipeline import analyse_file
+from backend.slides.openslide_reader import OpenSlideSlide
 from backend.slides.reader import open_slide
 from backend.slides.tiles import read_tiles
 from backend.slides.tiling import make_bag
@@ -54,6 +58,7 @@ def _one_scale(
     with open_slide(path, settings) as slide:
         bag = make_bag(slide, settings, task_mpp=None)
         held = np.concatenate(list(read_tiles(slide, bag, chunk=32, threads=threads))[: -(-1024 // 32)])
+    check_ms = 1000 * median(_level_check_s(path) for _ in range(plan.rounds))
 
     def encoder_only() -> None:
         whole, rest = divmod(len(bag), len(held))
@@ -110,6 +115,9 @@ def _one_scale(
             "%",
             note="what slide / slower half can reach where both halves want the same cores, as on the CPU",
         ),
+        below(
+            "slide", f"comparing levels with level 0, {name}", check_ms, 30, "ms", note="CPU, OpenSlide, once a slide"
+        ),
         Figure("slide", f"device busy, {name}", 100 * min(1.0, encoder_s / slide_s), "%", note="encoder-only / slide"),
     ]
     if loop_target is not None:
@@ -119,6 +127,14 @@ def _one_scale(
             at_least("slide", f"slide / plain loop, {name}", timings.speedup("slide", "loop"), loop_target, "x"),
         ]
     return figures
+
+
+def _level_check_s(path: Path) -> float:
+    """CPU seconds to compare the coarsest level with level 0 on a slide that was just opened."""
+    with OpenSlideSlide(path) as slide:
+        started = time.process_time()
+        slide._check_level(len(slide.level_downsamples) - 1)
+        return time.process_time() - started
 
 
 def _to_tensor(tile: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> torch.Tensor:

@@ -40,11 +40,12 @@ class DirectSlide(OpenSlideSlide):
     ``reader`` says which of both reads the pixels, as far as is known by then: ``"imagecodecs aperio"`` or ``"openslide aperio"``.
     """
 
-    _tiles: JpegTiles | None = None  # before the first read, which OpenSlideSlide may do while it opens
+    # Before the first read, which OpenSlideSlide may do while it opens.
+    _tiles: JpegTiles | None = None
+    _agreed: frozenset[int] = frozenset()
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._agreed: frozenset[int] = frozenset()
         self._comparing = threading.Lock()
         try:
             self._accept(path)
@@ -58,7 +59,7 @@ class DirectSlide(OpenSlideSlide):
         vendor = self.properties.get(openslide.PROPERTY_NAME_VENDOR, "")
         if vendor not in VENDORS:
             raise NotDirect(f"the format {vendor or 'unknown'} is not one of {', '.join(sorted(VENDORS))}")
-        levels = jpeg_levels(path, self._level_sizes)
+        levels = jpeg_levels(path, self._file_sizes)
         try:
             tiles = JpegTiles(path, levels)
         except OSError as error:
@@ -128,6 +129,17 @@ class DirectSlide(OpenSlideSlide):
                 return tiles.read(level, x, y, w, h), x, y
             except NotDirect as reason:
                 log.debug("%s: x %d, y %d of level %d is read by OpenSlide: %s", self._path.name, x, y, level, reason)
+        return self._read_openslide(level, x, y, w, h)
+
+    def _check_level(self, level: int) -> None:
+        self._direct(level)  # what is asked for will be read so in any case, and then it is read faster here too
+        super()._check_level(level)
+
+    def _read_unchecked(
+        self, level: int, x: int, y: int, w: int, h: int
+    ) -> tuple[Image.Image | UInt8Array, float, float]:
+        if level in self._agreed:
+            return self._read_level(level, x, y, w, h)
         return self._read_openslide(level, x, y, w, h)
 
     def close(self) -> None:

@@ -8,14 +8,13 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import openslide
 from PIL import Image
 
 from backend.errors import SlideUnreadable
 from backend.results.bag import UInt8Array
-from backend.slides.colours import mislabelled, same_picture
-from backend.slides.levels import BLOCK_PX, LevelSlide
+from backend.slides.colours import mislabelled
+from backend.slides.levels import LevelSlide
 from backend.slides.resample import WHITE
 from backend.slides.scale import openslide_scale
 from backend.slides.tiff_check import check_tiff
@@ -23,7 +22,6 @@ from backend.slides.tiff_check import check_tiff
 log = logging.getLogger(__name__)
 
 _CACHE_BYTES = 128 * 2**20  # decoded tiles: two rows of them on a wide slide, so that neighbouring rows share
-_PROBE_PX = 128  # edge, in pixels of a level, of the region by which two levels of a DICOM slide are compared
 
 
 class _Handle:
@@ -62,47 +60,30 @@ class OpenSlideSlide(LevelSlide):
                 raise SlideUnreadable(f"{path.name} is damaged: a level has {slide.level_dimensions} pixels.")
             super().__init__(
                 size=slide.dimensions,
-                downsamples=[
-                    _true_downsample(slide.dimensions, dims, ds)
-                    for dims, ds in zip(slide.level_dimensions, slide.level_downsamples, strict=True)
-                ],
+                downsamples=slide.level_downsamples,
                 level_sizes=slide.level_dimensions,
                 stated=openslide_scale(slide.properties, slide.dimensions),
                 reader=f"openslide {slide.properties.get(openslide.PROPERTY_NAME_VENDOR, '')}".strip(),
                 properties=_properties(slide),
                 name=path.name,
                 bounds=_bounds(slide.properties),
+                tile_sizes=[_tile_size(slide.properties, level) for level in range(slide.level_count)],
             )
         except BaseException:
             handle.slide.close()
             raise
         self._addressing = tuple(slide.level_downsamples)
         self._handle: _Handle | None = handle
-        if slide.properties.get(openslide.PROPERTY_NAME_VENDOR) == "dicom":
-            try:
+        try:
+            self._check_odd_levels()
+            if slide.properties.get(openslide.PROPERTY_NAME_VENDOR) == "dicom":
                 self._check_colours()
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     def _check_colours(self) -> None:
-        """Set aside the levels whose colours are not those of the finer ones, and refuse a slide that is wrong throughout."""
-        trusted = 0
-        for level, ds in list(enumerate(self.level_downsamples))[1:]:
-            edge = min(*self.size, _PROBE_PX * ds, BLOCK_PX * self.level_downsamples[trusted])
-            x, y = (self.size[0] - edge) / 2, (self.size[1] - edge) / 2
-            try:
-                coarse, fine = np.empty((2, 16, 16, 3), np.uint8)
-                self._read_block(level, x, y, edge, edge, coarse)
-                self._read_block(trusted, x, y, edge, edge, fine)
-                reason = "" if same_picture(coarse, fine) else f"its colours are not those of level {trusted}"
-            except SlideUnreadable as error:
-                reason = error.message
-            if reason:
-                log.warning("%s: level %d is not used: %s", self._path.name, level, reason)
-                self._broken_levels = self._broken_levels | {level}
-            else:
-                trusted = level
+        """Refuse a slide whose colours are wrong in all of its levels."""
         if confusion := mislabelled(self.overview(256)):
             raise SlideUnreadable(
                 f"The colours of {self._path.name} are {confusion} (PhotometricInterpretation).",
@@ -187,21 +168,19 @@ def _read(handle: _Handle, location: tuple[int, int], level: int, size: tuple[in
     return image
 
 
-def _true_downsample(full: tuple[int, int], level: tuple[int, int], stated: float) -> float:
-    """The whole number that a level was made with, if its size is that of level 0 divided by it and cut or filled to whole pixels.
-
-    OpenSlide computes the downsample from the sizes, so that 2967 / 1483 becomes 2.0007; over a wide slide that is a drift.
-    """
-    whole = round(stated)
-    if whole >= 1 and all(abs(f / whole - n) < 1 for f, n in zip(full, level, strict=True)):
-        return float(whole)
-    return float(stated)
-
-
 def _properties(slide: openslide.OpenSlide) -> dict[str, str]:
     """What the file says of itself. A damaged one may list names that OpenSlide then does not find."""
     values = {name: slide.properties.get(name) for name in slide.properties}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _tile_size(properties: Mapping[str, str], level: int) -> tuple[int, int] | None:
+    """(width, height) of the file's tiles in a level, where OpenSlide tells it."""
+    try:
+        width, height = (int(properties[f"openslide.level[{level}].tile-{edge}"]) for edge in ("width", "height"))
+    except (KeyError, ValueError):
+        return None
+    return width, height
 
 
 def _bounds(properties: Mapping[str, str]) -> tuple[int, int, int, int] | None:

@@ -85,6 +85,7 @@ class TiffSlide(LevelSlide):
             reader=f"tifffile {survey.codec}",
             properties={"format": "tiff", "codec": survey.codec, "tiff.ImageDescription": survey.description[: 2**16]},
             name=path.name,
+            tile_sizes=[level.tile_size if level.tiled else None for level in levels],
         )
         for note in survey.notes:
             self._note(note)
@@ -94,6 +95,7 @@ class TiffSlide(LevelSlide):
         self._file: OpenFile | None = OpenFile(path)
         self._jpeg = self._plain_jpeg(limit if shared else None)
         self._try_a_tile()
+        self._check_odd_levels()
 
     def _plain_jpeg(self, cache_bytes: int | None) -> JpegTiles | None:
         """The fast reader of tiled 8-bit JPEG in colour, where all levels are that."""
@@ -236,7 +238,7 @@ class TiffSlide(LevelSlide):
 
     def _damaged(self, index: int, number: int, reason: str) -> SlideUnreadable:
         level = self._tiff_levels[index]
-        factor = self.level_downsamples[index]
+        factor = self._downsamples[index]
         x, y = (
             round(n * edge * factor)
             for n, edge in zip(divmod(number, level.columns)[::-1], level.tile_size, strict=True)
