@@ -197,10 +197,11 @@ class _Call:
         if self._is_there(slide, key):
             result = read_hdf5(folder / RESULT, latents=False)
             progress("write", len(result.bag), len(result.bag))
-            # What a killed call has not written, and what depends on the options of this one. The picture, which takes
-            # longest, does not.
-            picture = not (folder / PICTURE).is_file()
-            write_derived(slide, result, folder, self._settings, picture=picture, level0=self._level0)
+            # What a killed call has not written, and what depends on the options of this one. The pictures, which take
+            # longest, do not.
+            names = (PICTURE,) if result.bag.tissue is None else (PICTURE, TISSUE)
+            pictures = not all((folder / name).is_file() for name in names)
+            write_derived(slide, result, folder, self._settings, pictures=pictures, level0=self._level0)
             return Outcome(slide, folder, result.bag, "folder", notes=self._notes(slide, result.bag))
         check_writable(self._out)  # before minutes of analysis, once for each slide
         stored = None if self._again else self._stored(key)
@@ -258,7 +259,7 @@ def write_derived(
     folder: StrPath,
     settings: Settings,
     *,
-    picture: bool = True,
+    pictures: bool = True,
     level0: bool = False,
 ) -> None:
     """The files of one result beside ``result.h5``, each whole or not there; see :func:`predict_files`. Without latents
@@ -270,7 +271,7 @@ def write_derived(
         The system refuses to write them.
     """
     slide, folder = Path(slide), Path(folder)
-    if picture:
+    if pictures:
         with open_slide(slide, settings) as opened:
             overview = Image.fromarray(opened.overview(SHOWN_MAX_PX))
         if result.bag.tissue is not None:  # earlier results do not say it
