@@ -96,7 +96,7 @@ def test_in_qupath_the_tiles_of_a_slide_with_bounds_lie_on_its_tissue(
     np.testing.assert_array_equal(corners, result.bag.coords - (1200, 800))
     assert collection["frame"] == "qupath" and collection["origin"] == [1200, 800]
     for x, y in corners.tolist():  # what QuPath shows is the scanned area alone
-        assert (picture[y : y + 224, x : x + 224].min(axis=2) < 220).mean() > 0.2
+        assert (picture[y : y + 224, x : x + 224].min(axis=2) < 235).mean() > 0.15, "in the slide's frame: 0 for many"
     assert result.bag.coords.min(axis=0).tolist() >= [1200, 800], "other files keep the slide's frame"
 
 
