@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from backend import __version__, cli_exports, cli_learning, cli_predict
 from backend.cli_parts import (
@@ -25,11 +27,17 @@ from backend.cli_parts import (
     errors,
     forced,
     need_licence,
+    printable,
+    say,
     say_passed_over,
+    start_log,
 )
+from backend.commands.bench import BENCHMARKS
 from backend.errors import BackendError
 from backend.logs import configure_logging
 from backend.settings import load_settings
+
+log = logging.getLogger("backend")
 
 app = typer.Typer(
     name="wsc-backend",
@@ -48,9 +56,7 @@ def main() -> None:
     try:
         app()
     except BackendError as error:
-        errors.print(f"[bold red]{type(error).__name__}[/]: {escape(error.message)}", highlight=False)
-        if error.hint:
-            errors.print(error.hint, highlight=False, markup=False)
+        _end(error)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -93,9 +99,9 @@ def demo(
         say=say,
     ) as running:
         console.print()
-        console.print(f"  Open      [bold]{running.imported.url}[/]", highlight=False)
+        console.print(f"  Open      [bold]{escape(running.imported.url)}[/]", highlight=False)
         console.print(f"  log in    {running.username}  /  {running.password}", highlight=False, markup=False)
-        console.print(f"  backend   {running.backend_url}   log: {folder / 'demo.log'}", highlight=False)
+        console.print(f"  backend   {running.backend_url}   log: {folder / 'demo.log'}", highlight=False, markup=False)
         if running.services.model.stand_in:
             console.print(
                 "  [yellow]stand-in model: what it marks has no medical meaning. Give your own: MODEL=/path/…pt.zip[/]"
@@ -124,21 +130,27 @@ def serve(
 
     _stop_on_sigterm()
     settings = load_settings(**{k: v for k, v in (("host", host), ("port", port)) if v is not None})
-    configure_logging(settings.log_level, "serve", settings.log_format)
+    start_log(settings, "serve")
     on_shutdown = None
     with ExitStack() as stack:
         listener = bind(settings.host, settings.port)
         stack.callback(listener.close)
         embedded_redis(stack, settings)
+        services = stack.enter_context(closing(Services(settings)))
+        services.redis_watch.need()
         if with_workers:
             pool = WorkerPool(settings)
             stack.callback(pool.stop)
             pool.start()
             on_shutdown = pool.begin_stop
-        services = stack.enter_context(closing(Services(settings)))
-        console.print(
-            f"Model {services.model.model_version}; listening on http://{settings.host}:{listener.getsockname()[1]}"
-        )
+        at = f"http://{settings.host}:{listener.getsockname()[1]}"
+        say(settings, f"Model {services.model.model_version}; listening on {at}")
+        if settings.open_to_the_network:
+            log.warning(
+                "HOST=%s and no password: whoever reaches this machine may read results and ask for predictions. "
+                "Set BASIC_AUTH_USER and BASIC_AUTH_PASS.",
+                settings.host,
+            )
         make_server(services, on_shutdown).run([listener])
 
 
@@ -151,16 +163,19 @@ def workers(
     """Analyse queued slides: one process on each device, restarted when it dies. Ctrl-C ends it in seconds; a running slide goes back to its queue."""
     need_licence()
     from backend.jobs.pool import WorkerPool
+    from backend.jobs.redis_watch import RedisWatch
 
     _stop_on_sigterm()
     settings = load_settings(**({"devices": devices} if devices else {}))
-    configure_logging(settings.log_level, "workers", settings.log_format)
+    start_log(settings, "workers")
     with ExitStack() as stack:
         embedded_redis(stack, settings)
+        with closing(RedisWatch(settings)) as watch:
+            watch.need()
         pool = WorkerPool(settings)
         stack.callback(pool.stop)
         pool.start()
-        console.print(f"Workers on {', '.join(pool.devices)}")
+        say(settings, f"Workers on {', '.join(pool.devices)}")
         threading.Event().wait()
 
 
@@ -192,7 +207,7 @@ def import_(
     from backend.slides.discover import find_slides
 
     settings = load_settings()
-    configure_logging(settings.log_level, "import", settings.log_format)
+    start_log(settings, "import")
     found = find_slides(slides)
     say_passed_over(found)
     with closing(Services(settings)) as services:
@@ -236,7 +251,7 @@ def doctor(
     with console.status("Looking around"):
         for finding in examine(load_settings(), slides or [], mpp, force=forced(mpp, force), pictures=picture):
             problems += finding.verdict == "problem"
-            table.add_row(signs[finding.verdict], escape(finding.subject), escape(finding.text))
+            table.add_row(signs[finding.verdict], Text(printable(finding.subject)), Text(printable(finding.text)))
     console.print(table)
     if problems:
         raise typer.Exit(1)
@@ -247,7 +262,7 @@ def bench(
     only: Annotated[
         str,
         typer.Option(
-            help="Some of encoder, numerics, decode, slide, answers, publish, pictures, growth, start; separated by commas.",
+            help=f"Some of {', '.join(BENCHMARKS)}; separated by commas.",
             show_default=False,
         ),
     ] = "",
@@ -259,7 +274,7 @@ def bench(
         str | None, typer.Option(help="cpu, cuda:0, …; the first of DEVICES by default.", show_default=False)
     ] = None,
 ) -> None:
-    """Measure this machine: encoder, numerics, decoding, slides, answers, pushes, pictures, growth, start. Run it alone on an idle machine.
+    """Measure this machine: encoder, numerics, decoding, slides, answers, pushes, pictures, learning, growth, start. Run it alone on an idle machine.
 
     A benchmark that fails is named at the end, with exit status 1; the others are measured all the same.
     """
@@ -273,7 +288,7 @@ def bench(
 
     names = chosen(only)
     settings = load_settings()
-    configure_logging("WARNING", "bench")
+    start_log(settings, "bench", "WARNING")
     device = device or devices_from(settings.devices)[0]
     facts = machine(device)
     failed: dict[str, str] = {}
@@ -324,6 +339,18 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
         raise typer.Exit
 
 
+def _end(error: BackendError) -> None:
+    """Say why the command ends: as a line of the log where a program reads that, else to a person."""
+    if os.environ.get("LOG_FORMAT", "").lower() == "json":
+        if not logging.getLogger().handlers:  # the settings could not even be read
+            configure_logging("INFO", "wsc-backend", "json")
+        log.critical("%s", error)
+        return
+    errors.print(f"[bold red]{type(error).__name__}[/]: {escape(printable(error.message))}", highlight=False)
+    if error.hint:
+        errors.print(printable(error.hint), highlight=False, markup=False)
+
+
 def _stop_on_sigterm() -> None:
     def end(_: int, __: FrameType | None) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows is the cleaning up
@@ -339,4 +366,4 @@ def _log_to_file(path: Path) -> None:
     keep = os.dup(2)
     os.dup2(log, 2)
     errors.file = os.fdopen(keep, "w", buffering=1)
-    configure_logging(load_settings().log_level, "demo")
+    start_log(load_settings(), "demo")

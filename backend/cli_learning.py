@@ -9,8 +9,7 @@ from typing import Annotated
 
 import typer
 
-from backend.cli_parts import StageBar, console, embedded_redis, errors
-from backend.logs import configure_logging
+from backend.cli_parts import StageBar, console, embedded_redis, errors, quiet_log
 from backend.settings import Settings, load_settings
 
 Project = Annotated[str, typer.Argument(help="Number or title of the Label Studio project.", show_default=False)]
@@ -139,11 +138,10 @@ def simulate(
 
 
 def _say(line: str) -> None:
-    errors.print(line, highlight=False)
+    errors.print(line, highlight=False, markup=False)
 
 
 def _quiet(role: str) -> Settings:
     settings = load_settings()
-    # The person sees the bar and the tables; the log is for what went wrong.
-    configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, role)
+    quiet_log(settings, role)
     return settings

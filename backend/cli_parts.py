@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from backend.errors import LicenceNotAccepted
+from backend.logs import configure_logging
+from backend.redaction import redactor_of
 from backend.settings import Settings, licence_accepted
 
 if TYPE_CHECKING:
     from backend.slides.discover import Found
 
+log = logging.getLogger("backend")
 console = Console()
 errors = Console(stderr=True)
 
@@ -49,6 +54,29 @@ def say_passed_over(found: Found) -> None:
     """Say in one line what a search for slides has passed over, if anything."""
     if found.passed_over:
         console.print(found.summary, highlight=False, markup=False)
+
+
+def start_log(settings: Settings, process: str, level: str | None = None) -> None:
+    """Log as the settings say (or at another level), without their secrets."""
+    configure_logging(level or settings.log_level, process, settings.log_format, redactor_of(settings, os.environ))
+
+
+def say(settings: Settings, line: str) -> None:
+    """Tell the person in front of the terminal, or the program that reads the log as JSON."""
+    if settings.log_format == "json":
+        log.info("%s", line)
+    else:
+        console.print(line, highlight=False, markup=False)
+
+
+def printable(text: str) -> str:
+    """``text`` as any terminal can take it: a file's name may be bytes that are no text."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def quiet_log(settings: Settings, process: str) -> None:
+    """Log what went wrong: the person sees bars and tables instead."""
+    start_log(settings, process, "WARNING" if settings.log_level == "INFO" else settings.log_level)
 
 
 def embedded_redis(stack: ExitStack, settings: Settings) -> None:

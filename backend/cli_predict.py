@@ -14,8 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from backend.cli_exports import features_of_folders
-from backend.cli_parts import Force, Mpp, Slides, console, forced, need_licence, say_passed_over
-from backend.logs import configure_logging
+from backend.cli_parts import Force, Mpp, Slides, console, forced, need_licence, quiet_log, say_passed_over
 from backend.settings import load_settings
 
 if TYPE_CHECKING:  # the command imports what it needs, after the licence
@@ -70,7 +69,7 @@ def predict(
     if layout:
         layout_named(layout)
     settings = load_settings()
-    configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "predict")
+    quiet_log(settings, "predict")
     check_writable(out)
     found = find_slides(slides)
     count = len(found.slides)

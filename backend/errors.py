@@ -26,6 +26,8 @@ class BackendError(Exception):
     code: ClassVar[str] = "backend_error"
     retryable: ClassVar[bool] = False
     http_status: ClassVar[int] = 500
+    ordinary: ClassVar[bool] = False
+    """Whether a job that is put off with it is no failure: nothing is wrong, nobody need know."""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
@@ -215,9 +217,10 @@ class BlockBroken(ModelError):
 
 
 class ModelMismatch(ModelError):
-    """A worker runs another model, or other tile settings, than the process that asked."""
+    """A worker runs another model, or other tile settings, than the process that asked. One that fits can do it."""
 
     code = "model_mismatch"
+    retryable = True
 
 
 class DeviceUnavailable(ModelError):
@@ -276,6 +279,13 @@ class QueueUnavailable(BackendError):
 
     code = "queue_unavailable"
     retryable = True
+    http_status = 503
+
+
+class RedisUnfit(BackendError):
+    """Redis answers, and is one that the queue cannot work with: too old, a cluster, a replica."""
+
+    code = "redis_unfit"
     http_status = 503
 
 

@@ -11,8 +11,9 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from backend.errors import SettingsError
@@ -21,6 +22,10 @@ LICENCE_VARIABLE = "MMM_LICENSE_ACCEPTED"
 LICENCE_ANSWER = "i accept"
 # fsspec takes every variable that begins with its name for one of its own, and complains of it.
 _RENAMED = {"FSSPEC_PROTOCOLS": "REMOTE_STORES"}
+_ENCODE = (
+    "a user name or password in it must be percent-encoded: / is %2F, @ is %40, # is %23, ? is %3F, : is %3A, % is %25"
+)
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
 
 
 def default_data_dir() -> Path:
@@ -32,7 +37,9 @@ def default_data_dir() -> Path:
 class Settings(BaseSettings):
     """All settings. ``Settings()`` reads the environment; keyword arguments (lower case) override it."""
 
-    model_config = SettingsConfigDict(env_prefix="", case_sensitive=False, extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="", case_sensitive=False, extra="ignore", frozen=True, hide_input_in_errors=True
+    )
 
     # --- model ---
     model: str = Field(
@@ -198,9 +205,12 @@ class Settings(BaseSettings):
         description="Address under which browsers reach the backend, with its path if it has one; several separated by commas, the first is written into tasks. Empty: `http://localhost:PORT`.",
     )
     basic_auth_user: str = Field(
-        "", description="User name that Label Studio must send (basic authentication). Empty: no check."
+        "",
+        description="User name that Label Studio must send (basic authentication). With `BASIC_AUTH_PASS`, or neither: no check.",
     )
-    basic_auth_pass: SecretStr = Field(SecretStr(""), description="Password that Label Studio must send.")
+    basic_auth_pass: SecretStr = Field(
+        SecretStr(""), description="Password that Label Studio must send. With `BASIC_AUTH_USER`."
+    )
     webhook_secret: SecretStr = Field(
         SecretStr(""),
         description="What webhooks must carry in the header `X-WSC-Webhook-Secret`. Empty: a secret made once and kept in `MODEL_DIR`; `import` registers it.",
@@ -230,7 +240,7 @@ class Settings(BaseSettings):
     @field_validator("slide_roots", mode="after")
     @classmethod
     def _resolve_roots(cls, value: tuple[Path, ...]) -> tuple[Path, ...]:
-        return tuple(Path(os.path.realpath(root.expanduser())) for root in value)
+        return tuple(_real(root) for root in value)
 
     @field_validator("default_mpp", mode="before")
     @classmethod
@@ -264,8 +274,10 @@ class Settings(BaseSettings):
     @field_validator("label_studio_url", mode="after")
     @classmethod
     def _bare_url(cls, value: str) -> str:
+        value = value.strip()
         if value and not re.match(r"https?://[^/\s]+", value):
             raise ValueError("must start with http:// or https://")
+        _check_address(value)
         return value.rstrip("/")
 
     @field_validator("label_studio_public_url", "public_url", mode="after")
@@ -273,10 +285,59 @@ class Settings(BaseSettings):
     def _bare_urls(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(cls._bare_url(url) for url in value)
 
+    @field_validator("model", "results_url", mode="after")
+    @classmethod
+    def _readable_url(cls, value: str) -> str:
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value):
+            _check_address(value)
+        return value
+
+    @field_validator("redis_url", mode="after")
+    @classmethod
+    def _redis_address(cls, value: SecretStr) -> SecretStr:
+        address = value.get_secret_value().strip()
+        if address:
+            _check_address(address)
+            parts = urlsplit(address)
+            if parts.scheme not in _REDIS_SCHEMES:
+                raise ValueError("must be redis://host:6379/0, rediss://… or unix:///path/to/redis.sock")
+            if parts.scheme != "unix" and (parts.fragment or "@" in parts.path + parts.query):
+                raise ValueError(f"cannot be read as an address: {_ENCODE}")
+        return SecretStr(address)
+
+    @field_validator("label_studio_api_key", "webhook_secret", mode="after")
+    @classmethod
+    def _fit_for_a_header(cls, value: SecretStr, info: ValidationInfo) -> SecretStr:
+        """Both are sent in the header of a request: a token in ASCII, any other value in Latin-1 (RFC 9110, 5.5)."""
+        secret, token = value.get_secret_value().strip(), info.field_name == "label_studio_api_key"
+        for place, character in enumerate(secret, start=1):
+            # Which character it is would be part of the secret.
+            if not character.isprintable() or (token and character == " "):
+                kind = "white space or a control character"
+            elif ord(character) > (127 if token else 255):
+                kind = "no letter that a header can hold, such as a typographic quote"
+            else:
+                continue
+            raise ValueError(f"character {place} of {len(secret)} is {kind}: copy it again")
+        return SecretStr(secret)
+
+    @field_validator("basic_auth_pass", mode="after")
+    @classmethod
+    def _without_line_end(cls, value: SecretStr) -> SecretStr:
+        return SecretStr(value.get_secret_value().rstrip("\r\n"))  # of the file that it was read from
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> Settings:
+        user, password = self.basic_auth_user, self.basic_auth_pass.get_secret_value()
+        if bool(user) != bool(password):
+            given, missing = ("BASIC_AUTH_USER", "BASIC_AUTH_PASS")[:: 1 if user else -1]
+            raise ValueError(f"{given} is set and {missing} is not: set both, or neither for no check")
+        return self
+
     @field_validator("model_dir", mode="after")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().resolve()
+        return _real(value)
 
     @property
     def results_location(self) -> str:
@@ -285,8 +346,8 @@ class Settings(BaseSettings):
 
     @property
     def label_studio_browser_url(self) -> str:
-        """The address under which browsers reach Label Studio, without a final slash; empty if none is known."""
-        return self.label_studio_public_url[0] if self.label_studio_public_url else self.label_studio_url
+        """The address under which browsers reach Label Studio, without user and final slash; empty if none is known."""
+        return _without_user((*self.label_studio_public_url, self.label_studio_url)[0])
 
     @property
     def label_studio_urls(self) -> tuple[str, ...]:
@@ -295,13 +356,42 @@ class Settings(BaseSettings):
 
     @property
     def browser_url(self) -> str:
-        """The address under which browsers reach the backend, without a final slash."""
+        """The address under which browsers reach the backend, without user and final slash."""
         return self.own_urls[0]
 
     @property
     def own_urls(self) -> tuple[str, ...]:
-        """All addresses of the backend for browsers, without a final slash; the first is the one that is given out."""
-        return self.public_url or (f"http://localhost:{self.port}",)
+        """All addresses of the backend for browsers, without user and final slash; the first is the one that is given out."""
+        return tuple(map(_without_user, self.public_url)) or (f"http://localhost:{self.port}",)
+
+    @property
+    def open_to_the_network(self) -> bool:
+        """Whether everybody who reaches this machine may ask, as no password is set."""
+        return not self.basic_auth_user and self.host not in ("127.0.0.1", "localhost", "::1")
+
+
+def _check_address(value: str) -> None:
+    """Refuse what is no address, without repeating any of it: with a password that is not encoded, any part may hold it."""
+    try:
+        parts = urlsplit(value)
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"cannot be read as an address; {_ENCODE}") from None
+    if any(character.isspace() or ord(character) < 32 for character in value):
+        raise ValueError("has white space or control characters in it")
+    if parts.scheme in ("http", "https") and not parts.hostname:
+        raise ValueError("names no host")
+
+
+def _without_user(address: str) -> str:
+    return re.sub(r"(?<=://)[^/]*@", "", address)
+
+
+def _real(path: Path) -> Path:
+    try:
+        return Path(os.path.realpath(path.expanduser()))
+    except (RuntimeError, OSError) as error:  # no such user's home, a loop of links
+        raise ValueError(f"is no folder that can be found: {error}") from None
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -312,8 +402,14 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        lines = [f"{'.'.join(str(p) for p in e['loc']).upper()}: {e['msg']}" for e in error.errors(include_input=False)]
+        found = error.errors(include_input=False, include_url=False)
+        # One about several settings names them itself.
+        lines = [": ".join(filter(None, (".".join(map(str, e["loc"])).upper(), _said(e["msg"])))) for e in found]
         raise SettingsError("; ".join(lines), hint="`wsc-backend doctor` lists every setting.") from None
+
+
+def _said(message: str) -> str:
+    return message.removeprefix("Value error, ")
 
 
 @lru_cache(maxsize=1)

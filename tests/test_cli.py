@@ -138,3 +138,9 @@ def test_simulate_draws_learning_curves(tmp_path: Path) -> None:
     with Image.open(tmp_path / "learning-curves.png") as picture:
         assert picture.width > 400
     assert json.loads((tmp_path / "learning-curves.json").read_text())
+
+
+def test_what_a_person_has_named_with_brackets_is_printed_as_it_is(tmp_path: Path) -> None:
+    done = run("bench", "--only", "[/b]", MODEL_DIR=str(tmp_path))
+    assert done.returncode == 2 and "[/b]" in done.stderr and "Traceback" not in done.stderr
+    assert "learning" in done.stderr, "all that there are are named"

@@ -48,7 +48,12 @@ def test_a_value_that_cannot_be_used_is_named(variable: str, value: str, monkeyp
 
 
 def test_secrets_are_not_shown() -> None:
-    settings = Settings(label_studio_api_key="s3cret-token", basic_auth_pass="s3cret", redis_url="redis://:s3cret@host")
+    settings = Settings(
+        label_studio_api_key="s3cret-token",
+        basic_auth_user="u",
+        basic_auth_pass="s3cret",
+        redis_url="redis://:s3cret@host",
+    )
     assert "s3cret" not in repr(settings)
 
 
@@ -56,3 +61,13 @@ def test_the_licence_is_accepted_only_by_the_users_own_words(monkeypatch: pytest
     for answer, accepted in (("i accept", True), ("I Accept", True), ("yes", False), ("", False)):
         monkeypatch.setenv("MMM_LICENSE_ACCEPTED", answer)
         assert licence_accepted() is accepted
+
+
+def test_a_setting_that_is_refused_shows_no_other() -> None:
+    for refused in (
+        lambda: Settings(basic_auth_pass="s3cret", label_studio_api_key="t0ken"),
+        lambda: load_settings(basic_auth_pass="s3cret"),
+    ):
+        with pytest.raises((ValueError, SettingsError)) as caught:
+            refused()
+        assert "s3cret" not in str(caught.value) and "t0ken" not in str(caught.value)

@@ -15,6 +15,7 @@ from backend.label_studio.events import WEBHOOK_SECRET_HEADER
 from backend.label_studio.labeling_config import load_template, parse_config
 from backend.label_studio.services import Services
 from backend.paths import StrPath
+from backend.redaction import shown_address
 from backend.settings import Settings
 from backend.slides.dicom_series import slide_instance
 from backend.slides.mpp import given_scale_note
@@ -88,13 +89,13 @@ def import_slides(
     found = client.find_project(project)
     if found is None:
         if project.isdigit():
-            raise LabelStudioError(f"There is no project {project} in {client.url}.")
+            raise LabelStudioError(f"There is no project {project} in {shown_address(client.url)}.")
         found = client.create_project(project, load_template(template))
         say(f"Created the project “{project}”")
     for control in parse_config(found.label_config or "").unused:
         say(f"Not used: {control}")
     number = int(found.id)
-    done = Imported(number, f"{client.url}/projects/{number}/data")
+    done = Imported(number, f"{services.settings.label_studio_browser_url}/projects/{number}/data")
     signer = SlideSigner(services.settings.model_dir)
     known = _KnownSlides(client.task_field_values(number, "slide"), services.settings)
     tasks = []

@@ -22,6 +22,8 @@ import httpx
 from backend.errors import CheckpointRefused, CheckpointUnreadable, LicenceNotAccepted
 from backend.inference.bounded_zip import checked_zip
 from backend.paths import StrPath
+from backend.reasons import network_reason
+from backend.redaction import shown_address
 from backend.results.bag import digest
 from backend.settings import Settings, licence_accepted
 
@@ -89,6 +91,16 @@ def model_identity(settings: Settings) -> ModelIdentity:
     return ModelIdentity(_stem(path), sha256, mmm_release(), settings.precision, is_stand_in(path))
 
 
+def identity_without_fetching(settings: Settings) -> ModelIdentity | None:
+    """As :func:`model_identity`; ``None`` where the checkpoint would first have to be downloaded or built. Errors as :func:`locate`."""
+    path = settings.model_dir / "cache" / "models" / STAND_IN_FILE
+    if settings.model in MMM_MODELS or settings.model.startswith(("http://", "https://")):
+        path = _cached(MMM_MODELS.get(settings.model, settings.model), settings.model_dir / "cache" / "models")
+    elif settings.model:
+        return model_identity(settings)
+    return model_identity(settings) if path.exists() else None
+
+
 def is_stand_in(path: StrPath) -> bool:
     """Whether a checkpoint is the stand-in model, wherever it was copied to: it carries a marker."""
     path = Path(path)
@@ -127,9 +139,7 @@ def locate(path_or_url: StrPath, cache: StrPath | None = None) -> Path:
         path_or_url = MMM_MODELS[path_or_url]
     parts = urlsplit(path_or_url)
     if parts.scheme in ("http", "https"):
-        cache = Path(cache) if cache else Path.home() / ".cache" / "wsc-backend" / "models"
-        name = Path(unquote(parts.path)).name or "checkpoint.pt.zip"
-        target = cache / f"{hashlib.sha256(path_or_url.encode()).hexdigest()[:8]}-{name}"
+        target = _cached(path_or_url, Path(cache) if cache else Path.home() / ".cache" / "wsc-backend" / "models")
         if not target.exists():
             _need_licence()
             with _file_lock(target):
@@ -139,13 +149,19 @@ def locate(path_or_url: StrPath, cache: StrPath | None = None) -> Path:
     path = Path(unquote(parts.path) if parts.scheme == "file" else path_or_url).expanduser()
     if not path.is_file():
         raise CheckpointUnreadable(
-            f"There is no checkpoint at {path}.", hint="Set MODEL to the .pt.zip file that you downloaded."
+            f"There is no checkpoint at {shown_address(str(path_or_url))}.",
+            hint="Set MODEL to the .pt.zip file that you downloaded.",
         )
     if path.suffix != ".zip":
         raise CheckpointUnreadable(
             f"{path.name} is no .zip or .pt.zip file.", hint="MODEL must be the zip as published."
         )
     return path
+
+
+def _cached(url: str, cache: Path) -> Path:
+    name = Path(unquote(urlsplit(url).path)).name or "checkpoint.pt.zip"
+    return cache / f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
 
 
 def check_pin(path: StrPath, sha256: str, pinned: str) -> None:
@@ -207,13 +223,21 @@ def _download(url: str, target: Path) -> None:
             for chunk in response.iter_bytes():
                 file.write(chunk)
         Path(temporary).replace(target)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise CheckpointUnreadable(
-            f"The checkpoint could not be downloaded: {error}.",
+            f"The checkpoint could not be downloaded from {shown_address(url)}: {_why(error)}.",
             hint="Download it in a browser (its page asks for the licence to be accepted) and set MODEL to the file's path.",
         ) from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+
+
+def _why(error: Exception) -> str:
+    """Without the address, whose query may hold a token."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"its server answers {error.response.status_code}"
+    reason = network_reason(error)
+    return type(error).__name__ if reason is None else reason.text
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,9 @@ from rq.timeouts import JobTimeoutException
 
 from backend.errors import BackendError, DeviceFailed, JobRefused, JobTimedOut, WorkerDied
 from backend.jobs import tasks
-from backend.jobs.redis_server import unavailable
+from backend.jobs.redis_health import unavailable
 from backend.jobs.states import ALLOWED_FUNCTIONS, PUBLISH_BAG, PUBLISH_TASK, takes
+from backend.redaction import redactor_of
 from backend.settings import Settings
 
 
@@ -97,7 +99,11 @@ def _is_of_the_device(error: BaseException | None) -> bool:
 
 
 def describe_failure(job: Job, error: BaseException | None, settings: Settings) -> dict[str, Any]:
-    """``error``, whatever it is, in the form of :meth:`BackendError.as_dict <backend.errors.BackendError.as_dict>`."""
+    """``error``, whatever it is, in the form of :meth:`BackendError.as_dict <backend.errors.BackendError.as_dict>`, without the settings' secrets."""
+    return dict(redactor_of(settings, os.environ).within(_described(job, error, settings)))
+
+
+def _described(job: Job, error: BaseException | None, settings: Settings) -> dict[str, Any]:
     cause = error
     while cause is not None:
         # Code that wraps every exception into its own wraps the timeout too.

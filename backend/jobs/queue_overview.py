@@ -17,11 +17,14 @@ from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegi
 from rq.utils import utcparse
 from rq.worker_registration import REDIS_WORKER_KEYS
 
-from backend.jobs.redis_server import unavailable
+from backend.jobs.redis_health import unavailable
+from backend.jobs.scripts import UNFIT, unfit_key
 from backend.jobs.states import QUEUES, JobState, Status, state_of
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
+
+_MAX_UNFIT = 100
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,6 +40,10 @@ _REFUSALS = (
     "WRONGPASS",
     "NOPERM",
     "BUSY ",
+    "CLUSTERDOWN",
+    "MOVED",
+    "CROSSSLOT",
+    "HELLO",  # one that is too old does not know the greeting
 )
 
 
@@ -86,6 +93,13 @@ class QueueOverview(ABC):
     redis: Any
     _queues: dict[str, Queue]
 
+    def _unfit(self) -> list[tuple[str, str]]:
+        """Queue and key of each list of jobs that wait for a worker that fits."""
+        with self.redis.pipeline(transaction=False) as pipeline:
+            pipeline.zrange(UNFIT, 0, _MAX_UNFIT - 1)
+            places = [place.decode(errors="replace") for place in readings(pipeline)[0] or ()]
+        return [(queue, unfit_key(place)) for place in places if (queue := place.partition(":")[0]) in QUEUES]
+
     @abstractmethod
     def states(self, keys: Iterable[str]) -> dict[str, JobState]:
         """The states of several jobs; see :meth:`BagQueue.states <backend.jobs.queue.BagQueue.states>`."""
@@ -106,8 +120,11 @@ class QueueOverview(ABC):
 
     @answers_or_unavailable
     def jobs(self, limit: int = 100, status: Status | None = None) -> list[JobState]:
-        """Jobs of all queues: running, queued in order, waiting for another try, then failed and finished, latest first."""
+        """Jobs of all queues: running, queued in order, waiting for another try or for a worker that fits, then failed and finished, latest first."""
+        unfit = self._unfit()
         with self.redis.pipeline(transaction=False) as pipeline:
+            for _, name in unfit:
+                pipeline.lrange(name, 0, limit - 1)
             for name in QUEUES:
                 pipeline.zrange(StartedJobRegistry.key_template.format(name), 0, limit - 1)
                 pipeline.lrange(self._queues[name].key, 0, limit - 1)
@@ -115,25 +132,36 @@ class QueueOverview(ABC):
                 pipeline.zrange(FailedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
                 pipeline.zrange(FinishedJobRegistry.key_template.format(name), 0, limit - 1, desc=True)
             answers = readings(pipeline)
-        members = (member for kind in range(5) for answer in answers[kind::5] for member in answer or ())
+        aside, answers = answers[: len(unfit)], answers[len(unfit) :]
+        kinds = [answers[kind::5] for kind in range(5)]
+        kinds.insert(3, aside)
+        members = (member for kind in kinds for answer in kind for member in answer or ())
         ids = [member.decode(errors="replace").split(":")[0] for member in members]
         states = self.listed(ids)
         return [state for state in states.values() if status in (None, state.status)][:limit]
 
     @answers_or_unavailable
     def depths(self) -> dict[str, int]:
-        """How many jobs lie in each queue."""
+        """How many jobs lie in each queue, those included that wait for a worker that fits."""
+        unfit = self._unfit()
         with self.redis.pipeline(transaction=False) as pipeline:
             for name in QUEUES:
                 pipeline.llen(self._queues[name].key)
-            return {name: depth or 0 for name, depth in zip(QUEUES, readings(pipeline), strict=True)}
+            for _, key in unfit:
+                pipeline.llen(key)
+            names = [*QUEUES, *(queue for queue, _ in unfit)]
+            depths = dict.fromkeys(QUEUES, 0)
+            for name, depth in zip(names, readings(pipeline), strict=True):
+                depths[name] += depth or 0
+            return depths
 
     @answers_or_unavailable
     def workers(self) -> list[dict[str, Any]]:
         """The workers that have beaten within ``HEARTBEAT_TTL_S``.
 
-        Each has name, device, queues, state, job, heartbeat_age_s, pid, host, and memory_bytes and device_memory_bytes (``None`` where
-        the worker cannot say).
+        Each has name, device, queues, state, job, heartbeat_age_s, pid, host, model_version and fits (see
+        :class:`~backend.jobs.tasks.Fit`; empty until its model is known), and memory_bytes and device_memory_bytes (``None`` where the worker
+        cannot say).
         """
         with self.redis.pipeline(transaction=False) as pipeline:
             pipeline.smembers(REDIS_WORKER_KEYS)
@@ -166,6 +194,8 @@ def _worker(name: bytes, raw: Mapping[bytes, bytes], executions: Iterable[bytes]
         "heartbeat_age_s": max(0.0, age),
         "pid": int(text.get("pid", 0)),
         "host": text.get("hostname", ""),
+        "model_version": text.get("model_version", ""),
+        "fits": text.get("fits", ""),
         "memory_bytes": int(text["memory_bytes"]) if text.get("memory_bytes") else None,
         "device_memory_bytes": int(text["device_memory_bytes"]) if text.get("device_memory_bytes") else None,
     }

@@ -19,14 +19,16 @@ import time
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from redis import Redis
 from redis.backoff import ExponentialBackoff
-from redis.exceptions import AuthenticationError, BusyLoadingError, ConnectionError, RedisError, TimeoutError
+from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, TimeoutError
 from redis.retry import Retry
 
 from backend.errors import QueueUnavailable, SettingsError
+from backend.jobs.redis_health import unavailable
+from backend.redaction import ENCODE_HINT, shown_address
 from backend.results.bag import digest
 from backend.settings import Settings
 
@@ -93,36 +95,6 @@ def connect(settings: Settings, *, check: bool = True, timeout_s: float = 5.0) -
     return client
 
 
-def unavailable(error: Exception, settings: Settings) -> QueueUnavailable:
-    """``error`` of the Redis client as :class:`~backend.errors.QueueUnavailable`, saying which Redis and what to do."""
-    given = settings.redis_url.get_secret_value()
-    if given:
-        return QueueUnavailable(
-            f"Redis at {redacted(given)} does not answer: {_reason(error, given)}.",
-            hint="Start it, or correct REDIS_URL; leave REDIS_URL empty to use the embedded one.",
-        )
-    return QueueUnavailable(
-        f"The embedded Redis in {settings.model_dir / 'redis'} does not answer: {_reason(error, '')}.",
-        hint="It runs as long as `wsc-backend serve` or `wsc-backend demo` does; or set REDIS_URL to a Redis of your own.",
-    )
-
-
-def redacted(url: str) -> str:
-    """``url`` without user and password."""
-    parts = urlsplit(url)
-    host = parts.netloc.rsplit("@", 1)[-1]
-    return f"{parts.scheme}://{host}{parts.path}"
-
-
-def _reason(error: Exception, url: str) -> str:
-    if isinstance(error, AuthenticationError) or "already authenticated" in str(error):
-        # What the client says of it is about its handshake.
-        return "it wants a password, or another one than ours"
-    text = str(error).rstrip(".") or type(error).__name__
-    password = urlsplit(url).password if url else None
-    return text.replace(password, "***") if password else text
-
-
 def _client(url: str, timeout_s: float) -> Redis:
     try:
         return Redis.from_url(
@@ -134,10 +106,10 @@ def _client(url: str, timeout_s: float) -> Redis:
             # One quick second try: Label Studio waits a second for /health, so a dead Redis must be noticed at once.
             retry=Retry(ExponentialBackoff(cap=0.1, base=0.02), 1),
         )
-    except ValueError as error:
+    except (ValueError, TypeError):  # what they say of it may repeat any part
         raise SettingsError(
-            f"REDIS_URL {redacted(url)!r} is not the address of a Redis: {_reason(error, url)}.",
-            hint="Write redis://host:6379/0, rediss://… or unix:///path/to/redis.sock.",
+            f"REDIS_URL {shown_address(url)} is not the address of a Redis.",
+            hint=f"Write redis://host:6379/0, rediss://… or unix:///path/to/redis.sock. {ENCODE_HINT}",
         ) from None
 
 

@@ -19,6 +19,7 @@ from backend.jobs.devices import pin_device
 from backend.jobs.redis_server import connect
 from backend.jobs.states import ANALYSIS_QUEUES, QUEUES
 from backend.logs import configure_logging
+from backend.redaction import redactor_of
 from backend.settings import Settings, load_settings
 
 log = logging.getLogger("backend.jobs.worker")  # run as a program, __name__ is __main__
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None, *, prepare: Callable[[tasks.WorkerCo
     except BackendError as error:
         print(error, file=sys.stderr)
         return 1
-    configure_logging(settings.log_level, f"worker[{given.device}:{queues[0]}]", settings.log_format)
+    name = f"worker[{given.device}:{queues[0]}]"
+    configure_logging(settings.log_level, name, settings.log_format, redactor_of(settings, os.environ))
     return run_worker(
         settings,
         given.device,

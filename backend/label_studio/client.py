@@ -17,9 +17,10 @@ from label_studio_sdk.core.request_options import RequestOptions
 
 from backend.certificates import ssl_context
 from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
-from backend.label_studio.api_errors import RedirectRefused, TaskGone, typed, unreachable, was_sent
+from backend.label_studio.api_errors import RedirectRefused, TaskGone, something_else, typed, unreachable, was_sent
 from backend.label_studio.versions import is_ours, model_of
 from backend.learning.project_owner import Owner
+from backend.redaction import shown_address
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ class LabelStudioClient:
         with contextlib.suppress(httpx.InvalidURL):  # of which httpx makes an error of its own
             to = asked.join(response.headers["location"])
             if (to.scheme, to.host, to.port) != (asked.scheme, asked.host, asked.port):
-                there = f"{to.scheme}://{to.netloc.decode()}{httpx.URL(self.url).path}".rstrip("/")
+                there = shown_address(f"{to.scheme}://{to.netloc.decode()}{httpx.URL(self.url).path}").rstrip("/")
                 raise RedirectRefused(
-                    f"What answers at {self.url} leads to another address, where the token is not sent.",
+                    f"What answers at {shown_address(self.url)} leads to another address, where the token is not sent.",
                     hint=f"If Label Studio is there, set LABEL_STUDIO_URL={there}; if not, something stands in between.",
                 )
 
@@ -98,7 +99,10 @@ class LabelStudioClient:
 
     def whoami(self) -> str:
         """The user that the token belongs to."""
-        return str(self._call(lambda: self.sdk.users.whoami()).email)
+        email = getattr(self._call(lambda: self.sdk.users.whoami()), "email", None)
+        if not isinstance(email, str):  # the SDK takes any JSON for a user
+            raise something_else(self.url, "other JSON")
+        return email
 
     def task(self, task: int) -> dict[str, Any]:
         """The ``data`` of a task, as it is now: its own, not as Label Studio would show it in a browser."""
@@ -190,7 +194,7 @@ class LabelStudioClient:
             titles = self._call(lambda: [f"{p.id} {p.title!r}" for p in self.sdk.projects.list()])
             more = f" and {len(titles) - _TITLES_TOLD} more" if len(titles) > _TITLES_TOLD else ""
             raise ProjectNotFound(
-                f"There is no project {title_or_id!r} in {self.url}.",
+                f"There is no project {title_or_id!r} in {shown_address(self.url)}.",
                 hint=f"There are: {', '.join(titles[:_TITLES_TOLD]) or 'none'}{more}.",
             )
         return found
@@ -328,9 +332,13 @@ class LabelStudioClient:
         try:
             found = answer.json()
         except ValueError:
-            raise LabelStudioError(f"The export of project {project} from {self.url} is no JSON.") from None
+            raise LabelStudioError(
+                f"The export of project {project} from {shown_address(self.url)} is no JSON."
+            ) from None
         if not isinstance(found, list) or not all(isinstance(task, dict) for task in found):
-            raise LabelStudioError(f"The export of project {project} from {self.url} is no list of tasks.")
+            raise LabelStudioError(
+                f"The export of project {project} from {shown_address(self.url)} is no list of tasks."
+            )
         return found
 
     def set_task_field(self, project: int, task: int, name: str, value: float | None) -> None:
@@ -357,7 +365,9 @@ class LabelStudioClient:
             lambda: self._ask("POST", f"/api/dm/actions?id=add_data_field&project={project}", json=body)
         )
         if answer.json().get("detail") == "Updated 0 tasks":
-            raise TaskGone(f"Label Studio at {self.url} does not know task {task} of project {project} any more.")
+            raise TaskGone(
+                f"Label Studio at {shown_address(self.url)} does not know task {task} of project {project} any more."
+            )
 
     def retrieve_predictions(self, project: int) -> None:
         """Have Label Studio ask its backend for predictions of all tasks that lack one."""
@@ -389,10 +399,7 @@ class LabelStudioClient:
                 self.__dict__.pop("sdk", None)
             raise typed(error, self.url) from error
         except json.JSONDecodeError as error:  # the SDK, while it exchanges a token
-            raise LabelStudioUnreachable(
-                f"At {self.url} something else answers than Label Studio (no JSON).",
-                hint="It is tried again by itself; check LABEL_STUDIO_URL and that Label Studio runs.",
-            ) from error
+            raise something_else(self.url, "no JSON") from error
 
 
 def _json_or_text(answer: httpx.Response) -> Any:

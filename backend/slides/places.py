@@ -17,6 +17,7 @@ import httpx
 
 from backend.addresses import label_studio_path, own_path
 from backend.errors import DownloadFailed, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
+from backend.redaction import shown_address
 from backend.settings import Settings
 from backend.stores import fsspec_url, how_to_allow, is_allowed
 
@@ -149,7 +150,7 @@ def shown(value: str) -> str:
 
 def public(value: str) -> str:
     """A location for others to see: without its query (which may hold a signature) or a password."""
-    return re.sub(r"(?<=://)[^/@]*@", "…@", value.split("?", 1)[0]) if _SCHEME.match(value) else value
+    return shown_address(value) if _SCHEME.match(value) else value
 
 
 def _is_ours(path: str, settings: Settings) -> bool:

@@ -37,7 +37,7 @@ SECRETS = {
     "LABEL_STUDIO_API_KEY": "planted-api-key-3f1b",
     "BASIC_AUTH_PASS": "planted/basic pass-77aa",
     "WEBHOOK_SECRET": "planted-webhook-secret-19c4",
-    "password of REDIS_URL": "planted-redis-password-e2d0",
+    "password of REDIS_URL": "planted/redis@pass#word-e2d0",
     "access_token of /setup": "planted-access-token-5b5b",
     "password in params of /predict": "planted-login-password-8d13",
 }
@@ -109,7 +109,7 @@ def redis_with_password(folder: Path) -> Iterator[tuple[str, subprocess.Popen[by
         process = subprocess.Popen(
             [*command, "--requirepass", password], executable=redis_program(), stdout=log, stderr=log
         )
-    url = f"redis://:{password}@127.0.0.1:{port}/0"
+    url = f"redis://:{quote(password, safe='')}@127.0.0.1:{port}/0"
 
     def answers() -> bool:
         try:
@@ -157,6 +157,7 @@ def disguises(secret: bytes) -> set[bytes]:
     shapes = {
         secret,
         quote(secret).encode(),
+        quote(secret, safe="").encode(),
         base64.b64encode(secret).rstrip(b"="),
         base64.urlsafe_b64encode(secret).rstrip(b"="),
         secret.hex().encode(),
@@ -329,5 +330,6 @@ def test_the_search_would_find_them() -> None:
 
 @pytest.mark.parametrize("name", ["redis_url", "label_studio_api_key", "basic_auth_pass", "webhook_secret"])
 def test_printing_the_settings_shows_no_secret(name: str, settings: Any) -> None:
-    made = settings(**{name: "redis://:planted@h/0" if name == "redis_url" else "planted"})
+    more = {"basic_auth_user": "me"} if name == "basic_auth_pass" else {}
+    made = settings(**{name: "redis://:planted@h/0" if name == "redis_url" else "planted"}, **more)
     assert "planted" not in repr(made) + str(made) + str(made.model_dump()) + made.model_dump_json()
