@@ -73,7 +73,7 @@ def use_version(
     Raises
     ------
     TrainingRuns
-        A worker is training the project: its heads would replace these.
+        Somebody is training the project: the heads would replace these.
     """
     number = int(services.client.need_project(project).id)
     state = services.training.state(number)
@@ -81,4 +81,5 @@ def use_version(
         raise TrainingRuns(
             f"The heads of project {number} are being trained right now.", hint="Try again when that is done."
         )
-    return put_in_use(services, number, version, progress)
+    with services.training.alone(number):
+        return put_in_use(services, number, version, progress)

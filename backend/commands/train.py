@@ -57,6 +57,8 @@ def train_project(
         A worker tried, and failed.
     WorkerDied
         The workers that could train are gone.
+    TrainingRuns
+        There is no worker, and somebody else trains the project right now.
     """
     found = services.client.need_project(project)
     number = int(found.id)
@@ -66,8 +68,9 @@ def train_project(
         report = _by_worker(services, number, progress)
     else:
         say("No worker for training is running: training here")
-        services.training.begin(number)
-        report = train(services, number, progress)
+        with services.training.alone(number):
+            services.training.begin(number)
+            report = train(services, number, progress)
     snapshot = services.versions.snapshot(number)
     issues = report.issues if snapshot is None else snapshot.about["issues"]
     return Trained(number, str(found.title), report, issues, _workers(services, "publish"))
@@ -91,7 +94,9 @@ def connect_webhook(services: Services, project: int, backend_url: str = "", say
 
 
 def _workers(services: Services, queue: str) -> bool:
-    return any(queue in worker["queues"] for worker in services.queue.workers())
+    """Whether a worker takes what we put into a queue: one with another model or other settings leaves it."""
+    fits = ("", services.needs)
+    return any(queue in worker["queues"] and worker["fits"] in fits for worker in services.queue.workers())
 
 
 def _by_worker(services: Services, project: int, progress: Progress) -> TrainingReport:

@@ -14,20 +14,29 @@ ANALYSIS_VERSION = 3
 def bag_key(ref: SlideRef, model: ModelIdentity, settings: Settings) -> str:
     """40 hexadecimal digits over the slide's identity and that of its tissue mask, the tiling and tissue settings, and
     the model's fingerprint."""
-    return digest(
-        {
-            "analysis": ANALYSIS_VERSION,
-            "slide": ref.identity,
-            "kind": ref.kind,
-            "task_mpp": ref.mpp,
-            "mpp_override": ref.mpp_override,
-            "default_mpp": settings.default_mpp,
-            "tile_px": settings.tile_px,
-            "tile_mpp": settings.tile_mpp,
-            "tissue_mpp": settings.tissue_mpp,
-            "tissue_min_fraction": settings.tissue_min_fraction,
-            "tissue_pen_rules": settings.tissue_pen_rules,
-            "tissue": ref.tissue_identity,
-            "model": model.fingerprint,
-        }
-    )
+    slide = {
+        "slide": ref.identity,
+        "kind": ref.kind,
+        "task_mpp": ref.mpp,
+        "mpp_override": ref.mpp_override,
+        "tissue": ref.tissue_identity,
+    }
+    return digest({**_for_all_slides(model, settings), **slide})
+
+
+def analysis_digest(model: ModelIdentity, settings: Settings) -> str:
+    """40 hexadecimal digits over what :func:`bag_key` covers beside the slide: who has the same makes the same bag of a slide under the same key."""
+    return digest(_for_all_slides(model, settings))
+
+
+def _for_all_slides(model: ModelIdentity, settings: Settings) -> dict[str, object]:
+    return {
+        "analysis": ANALYSIS_VERSION,
+        "default_mpp": settings.default_mpp,
+        "tile_px": settings.tile_px,
+        "tile_mpp": settings.tile_mpp,
+        "tissue_mpp": settings.tissue_mpp,
+        "tissue_min_fraction": settings.tissue_min_fraction,
+        "tissue_pen_rules": settings.tissue_pen_rules,
+        "model": model.fingerprint,
+    }

@@ -16,6 +16,7 @@ from backend.paths import StrPath
 from backend.results.bag import BAG_KEY, SLIDE_REF, Bag, BagResult
 from backend.results.store import ResultStore
 from backend.settings import Settings
+from backend.slides.names import slide_name
 from backend.slides.reader import open_slide
 from backend.slides.source import SlideRef, SourceResolver
 from backend.slides.tiles import patch_sizes, read_patches, read_tiles
@@ -62,6 +63,8 @@ def analyse_ref(
             mpp_override=ref.mpp_override,
             tissue_file=tissue_file,
         )
+        # A downloaded file has the cache's name.
+        result = replace(result, provenance={**result.provenance, "slide": slide_name(ref.locations[0])})
     result = replace(result, provenance={**result.provenance, BAG_KEY: key})
     if not any(
         "?" in location for location in (*ref.locations, ref.tissue or "")

@@ -25,18 +25,21 @@ from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.executions import Execution
 from rq.job import Job
+from rq.results import Result
 from rq.serializers import JSONSerializer
+from rq.utils import now
 from rq.worker import WorkerStatus
 
 from backend.errors import BackendError, DeviceFailed, DeviceUnavailable, JobRefused
 from backend.jobs import scripts, tasks
 from backend.jobs.bag_job import BagJob, describe_failure, function_of
 from backend.jobs.devices import memory_in_use
+from backend.jobs.fitting import Fitting
 from backend.jobs.housekeeping import Heart, Housekeeper
 from backend.jobs.job_forms import TRAINING_PREFIX
 from backend.jobs.leases import Leases
 from backend.jobs.queue import BagQueue
-from backend.jobs.redis_server import unavailable
+from backend.jobs.redis_health import unavailable
 from backend.jobs.signals import SignalWatch
 from backend.jobs.states import ANALYSE, ANALYSIS_QUEUES, TRAIN
 from backend.jobs.status_file import StatusFile
@@ -115,6 +118,7 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
         self._housekeeper = Housekeeper(self, self._heart, parent_pid)
         self._signals = SignalWatch()
         self._outage_wait_s = 0.0
+        self.fitting = Fitting(self.name, context.settings)
         tasks.set_context(context)
 
     # --- the loop ---------------------------------------------------------------------------------------------------
@@ -136,6 +140,7 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
         try:
             if set(self.queue_names()) & set(ANALYSIS_QUEUES):
                 self._warm_up()
+            self.fitting.find(self.context)
             log.info("worker %s: ready, queues %s", self.name, ", ".join(self.queue_names()))
             while not self._stop_requested:
                 try:
@@ -175,8 +180,10 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
             log.error("worker %s: the model cannot be loaded: %s", self.name, error)
 
     def _next_job(self) -> tuple[BagJob, Queue] | None:
-        popped = self._pop(args=self.queue_names())
-        if popped is None:
+        popped = self._pop(args=[self.fitting.fit.digest, self.fitting.meta, *self.queue_names()])
+        if popped[2]:
+            self.fitting.tell(popped[2])
+        if not popped[1]:
             time.sleep(IDLE_POLL_S)
             return None
         name, job_id = popped[0].decode(), popped[1]
@@ -227,8 +234,18 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
 
     def _finalize_success(self, job: Job, queue: Queue, execution: Execution, return_value: Any) -> None:
         self._interruptible = False
-        finish = super()._finalize_success
-        self._through_outages(lambda: finish(job, queue, execution, return_value))
+        result = Result(
+            job.id,
+            Result.Type.SUCCESSFUL,
+            self.connection,
+            return_value=return_value,
+            worker_name=self.name,
+            serializer=job.serializer,
+            execution_id=execution.id,
+        )
+        # One guarded step, as with a failure: said twice, because the first answer was lost, it must not end what was asked for in between.
+        self._through_outages(lambda: self.leases.finish(job, execution, queue.name, result))
+        self._clean_up(job, execution, succeeded=True)
         self._publish(job)
 
     def _finalize_failure(self, job: Job, queue: Queue, execution: Execution, exc_info: ExcInfo) -> None:
@@ -248,6 +265,8 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
         if unexpected and final:
             failure["retryable"] = False
         level = logging.ERROR if final else logging.WARNING
+        if isinstance(error, BackendError) and error.ordinary and not final:
+            level = logging.DEBUG
         log.log(
             level,
             "job=%s function=%s device=%s failed (%s): %s%s",
@@ -260,7 +279,8 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
             exc_info=exc_info if unexpected else None,  # type: ignore[arg-type]
         )
 
-        note_failure(self.connection, (function_of(job) or "unknown").rsplit(".", 1)[-1][:40], failure["code"])
+        if level != logging.DEBUG:
+            note_failure(self.connection, (function_of(job) or "unknown").rsplit(".", 1)[-1][:40], failure["code"])
         job.retries_left = retries_left
         ended = ""
 
@@ -279,10 +299,14 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
         if final and ended == "done":
             self._publish(job)
 
-    def _clean_up(self, job: Job, execution: Execution) -> None:
-        """Remove what RQ keeps of an execution. Of no consequence if it fails: all of it runs out by itself."""
+    def _clean_up(self, job: Job, execution: Execution, *, succeeded: bool = False) -> None:
+        """Remove what RQ keeps of an execution, and count it. Of no consequence if it fails: all of it runs out by itself."""
         try:
             with self.connection.pipeline() as pipeline:
+                if succeeded:
+                    self.increment_successful_job_count(pipeline=pipeline)
+                    if job.started_at is not None:
+                        self.increment_total_working_time(now() - job.started_at, pipeline)
                 self.cleanup_execution(job, pipeline=pipeline, execution=execution)
                 pipeline.execute()
         except RedisError as error:
@@ -364,7 +388,9 @@ class BagWorker(SimpleWorker):  # type: ignore[misc]
 
     def serialize(self) -> dict[str, Any]:
         """What Redis knows of this worker."""
-        return {**super().serialize(), "device": self.device, "state": str(getattr(self._state, "value", self._state))}
+        state = str(getattr(self._state, "value", self._state))
+        fit = {"fits": self.fitting.fit.digest, "model_version": self.fitting.fit.model_version}
+        return {**super().serialize(), **fit, "device": self.device, "state": state}
 
     # --- signals ----------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import threading
 import time
@@ -157,6 +158,7 @@ class Housekeeper(_Companion):
         self._clocks: tuple[float, float] | None = None
         redis: Any = worker.connection
         self._move_due = redis.register_script(scripts.MOVE_DUE)
+        self._expire_unfit = redis.register_script(scripts.EXPIRE_UNFIT)
         self._recover = redis.register_script(scripts.RECOVER_POPPED)
 
     def run(self) -> None:
@@ -211,6 +213,12 @@ class Housekeeper(_Companion):
                 "job %s was taken by a worker that died before starting it; queued again",
                 job_id.decode(errors="replace"),
             )
+
+        for job_id in self._expire_unfit(args=[self._worker.context.settings.failure_ttl_s]):
+            name = job_id.decode(errors="replace")
+            log.error("job %s is given up: no worker with what it needs has come", name)
+            if re.fullmatch("[0-9a-f]{40}", name):
+                self._worker.bag_queue.enqueue_publish(name)  # tells those who wait for it
 
     def _may_judge(self, redis_time: float) -> bool:
         """Not when Redis' clock has been set, or all of us have slept: the others' leases have run out by no fault of theirs."""

@@ -12,13 +12,16 @@ from rq.job import Job, Retry
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
+from backend.jobs import scripts
 from backend.jobs.states import ANALYSE, PUBLISH_BAG, PUBLISH_TASK, QUEUES, TRAIN, BagRequest, WaitingTask
 from backend.settings import Settings
+from backend.slides.names import slide_name
 
 PUBLISH_TIMEOUT_S = 300
 """Longest time that pushing one prediction may take."""
 PUBLISH_BACKOFF_CAP_S = 300
 TRAINING_PREFIX = "train-"
+NEEDS_FIELD = scripts.NEEDS_FIELD
 
 
 class JobForms:
@@ -39,12 +42,17 @@ class JobForms:
             request.key,
             timeout=settings.job_timeout_s,
             intervals=backoff(1, 8, 60, settings.job_retries),
-            about=f"analyse {_slide_name(request.slide)}",
+            about=f"analyse {_about(request.slide)}",
         )
 
     def bag_push(self, key: str, *, again: bool = False) -> Job:
         """Queues a push for each task that waits for a bag. ``again``: a second one, while the first runs."""
-        return self.publishing(PUBLISH_BAG, (key,), f"publish-{key}{'-again' * again}")
+        return self.publishing(PUBLISH_BAG, (key,), self.bag_push_id(key, again=again))
+
+    @staticmethod
+    def bag_push_id(key: str, *, again: bool = False) -> str:
+        """Id of :meth:`bag_push`."""
+        return f"publish-{key}{'-again' * again}"
 
     def task_push(self, key: str, task: WaitingTask) -> Job:
         """Pushes the prediction of one task."""
@@ -123,13 +131,19 @@ def training_id(project: int) -> str:
     return f"{TRAINING_PREFIX}{project}"
 
 
-def job_fields(job: Job) -> list[Any]:
-    """Names and values of a job's Redis hash, one after the other."""
-    return [item for name, value in job.to_dict().items() if value is not None for item in (name, value)]
+def job_fields(job: Job, needs: str = "") -> list[Any]:
+    """Names and values of a job's Redis hash, one after the other. ``needs``: see :class:`~backend.jobs.states.BagRequest`; else what its arguments say."""
+    fields = {**job.to_dict(), NEEDS_FIELD: needs or _needs_of(job) or None}
+    return [item for name, value in fields.items() if value is not None for item in (name, value)]
 
 
-def _slide_name(slide: dict[str, Any]) -> str:
-    """The file name in a slide reference, without folders or a query; the queue knows no more of it."""
+def _needs_of(job: Job) -> str:
+    last = job.args[-1] if job.args else None
+    return str(last.get("needs", "")) if isinstance(last, dict) else ""
+
+
+def _about(slide: dict[str, Any]) -> str:
+    """What people call the slide of a reference; the queue knows no more of it."""
     locations = slide.get("locations") or ["a slide"]
-    name = str(locations[0]).split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1][:120]
+    name = slide_name(str(locations[0]))
     return name if len(locations) == 1 else f"{len(locations)} patches from {name}"

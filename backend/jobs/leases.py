@@ -7,13 +7,16 @@ that is in no queue and on no list. Here the time is Redis', and each end is one
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from redis import Redis
 from rq import Queue
+from rq.defaults import DEFAULT_RESULT_TTL
 from rq.executions import Execution
 from rq.job import Job
-from rq.registry import FailedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
@@ -33,6 +36,7 @@ local JOB, QUEUE = '{Job.key_for("")}', '{Queue.redis_queue_namespace_prefix}'
 local BUSY = '{BUSY_FIELD}'
 local LEASES = '{StartedJobRegistry.key_template.format("")}'
 local SCHEDULED, FAILED = '{ScheduledJobRegistry.key_template.format("")}', '{FailedJobRegistry.key_template.format("")}'
+local FINISHED, RESULTS = '{FinishedJobRegistry.key_template.format("")}', '{Result.get_key("")}'
 """
 
 # The first thing that writes is a removal, here and below: a full Redis allows it, and everything after it in the same script.
@@ -68,8 +72,10 @@ return answer
 _END = (
     _NAMES
     + """
--- End a lease. ARGV: lease, job's id, queue, '1' if only one that has run out, outcome, seconds, then fields and values of the job.
--- Outcomes: 'front' of the queue, 'later' (scheduled in so many seconds), 'failed' (listed for so many seconds).
+-- End a lease. ARGV: lease, job's id, queue, '1' if only one that has run out, outcome, seconds, how many of the next are fields and values of what
+-- the job returned, these, then fields and values of the job.
+-- Outcomes: 'front' of the queue, 'later' (scheduled in so many seconds), 'finished' and 'failed' (listed for so many seconds).
+local returned = tonumber(ARGV[7])
 local lease, id, queue, outcome, seconds = ARGV[1], ARGV[2], ARGV[3], ARGV[5], tonumber(ARGV[6])
 local time = redis.call('TIME')
 local now = tonumber(time[1])
@@ -80,7 +86,7 @@ if redis.call('HGET', JOB .. id, 'status') ~= 'started' then return 'over' end
 for _, other in ipairs(redis.call('ZRANGEBYSCORE', LEASES .. queue, '(' .. now, '+inf')) do
     if string.sub(other, 1, #id + 1) == id .. ':' then return 'taken over' end
 end
-redis.call('HSET', JOB .. id, unpack(ARGV, 7))
+redis.call('HSET', JOB .. id, unpack(ARGV, 8 + returned))
 if outcome == 'front' then
     redis.call('HSET', JOB .. id, 'status', 'queued', 'worker_name', '')
     redis.call('LPUSH', QUEUE .. queue, id)
@@ -88,9 +94,14 @@ elseif outcome == 'later' then
     redis.call('HSET', JOB .. id, 'status', 'scheduled')
     redis.call('ZADD', SCHEDULED .. queue, now + seconds, id)
 else
-    redis.call('HSET', JOB .. id, 'status', 'failed')
-    redis.call('ZADD', FAILED .. queue, string.format('%.6f', now + seconds + time[2] / 1e6), id)  -- listed by when they failed
+    redis.call('HSET', JOB .. id, 'status', outcome)
+    local list = outcome == 'finished' and FINISHED or FAILED
+    redis.call('ZADD', list .. queue, string.format('%.6f', now + seconds + time[2] / 1e6), id)  -- listed by when they ended
     redis.call('EXPIRE', JOB .. id, seconds)
+    if returned > 0 then
+        redis.call('XADD', RESULTS .. id, 'MAXLEN', 10, '*', unpack(ARGV, 8, 7 + returned))
+        redis.call('EXPIRE', RESULTS .. id, seconds)
+    end
 end
 return 'done'
 """
@@ -144,6 +155,13 @@ class Leases:
         """Put a job that was interrupted back to the front of its queue."""
         return self._ended(execution.composite_key, job.id, queue, "front", 0, {"enqueued_at": utcformat(now())})
 
+    def finish(self, job: Job, execution: Execution, queue: str, result: Result) -> Ended:
+        """Record that a job has ended well, and what it returned."""
+        ttl_s = job.result_ttl or DEFAULT_RESULT_TTL
+        returned = [item for pair in result.serialize().items() for item in pair]
+        fields = {"ended_at": utcformat(now())}
+        return self._ended(execution.composite_key, job.id, queue, "finished", ttl_s, fields, returned=returned)
+
     def fail(self, job: Job, execution: Execution, queue: str, failure: dict[str, Any]) -> Ended:
         """Record why a job has failed, and have it tried again in its time if it has tries left (``job.retries_left``)."""
         if job.retries_left:
@@ -175,12 +193,14 @@ class Leases:
         lease: str,
         job_id: str,
         queue: str,
-        outcome: Literal["front", "later", "failed"],
+        outcome: Literal["front", "later", "finished", "failed"],
         seconds: int,
         fields: dict[str, Any],
         *,
         only_expired: bool = False,
+        returned: Sequence[Any] = (),
     ) -> Ended:
         flat = [item for pair in fields.items() for item in pair]
-        answer: bytes = self._end(args=[lease, job_id, queue, int(only_expired), outcome, seconds, *flat])
+        given = [lease, job_id, queue, int(only_expired), outcome, seconds, len(returned), *returned, *flat]
+        answer: bytes = self._end(args=given)
         return answer.decode()  # type: ignore[return-value]

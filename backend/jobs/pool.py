@@ -32,6 +32,7 @@ TRAINING = "train"
 WATCH_EVERY_S = 0.2
 WATCHDOG_MARGIN_S = 60.0
 """How much longer than a job's own limit a worker may be busy with it. RQ's own timeout is a signal, which code in C never sees."""
+LET_GO_AFTER_S = 30.0
 BACKOFF_FIRST_S = 1.0
 BACKOFF_CAP_S = 60.0
 HEALTHY_AFTER_S = 60.0
@@ -53,6 +54,7 @@ class _Child:
     backoff_s: float = 0.0
     restarts: int = 0
     last_exit: int | None = None
+    killed_at: float | None = None
 
     def busy(self) -> Busy | None:
         """The job that runs; ``None`` when idle."""
@@ -75,6 +77,8 @@ class WorkerPool:
         as at first once it has lived for ``healthy_after_s``.
     watchdog_s
         A worker busy with one job for so long is killed. Default: the job's own limit and a minute.
+    let_go_after_s
+        A worker that still runs so long after it was killed is left to itself, and another is started, in seconds.
 
     Raises
     ------
@@ -91,6 +95,7 @@ class WorkerPool:
         backoff_first_s: float = BACKOFF_FIRST_S,
         healthy_after_s: float = HEALTHY_AFTER_S,
         watchdog_s: float | None = None,
+        let_go_after_s: float = LET_GO_AFTER_S,
     ) -> None:
         self.settings = settings
         self.devices = devices_from(settings.devices if devices is None else ",".join(devices))
@@ -98,6 +103,8 @@ class WorkerPool:
         self._backoff_first_s = backoff_first_s
         self._healthy_after_s = healthy_after_s
         self._watchdog_s = watchdog_s
+        self._let_go_after_s = let_go_after_s
+        self._held: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="wsc-workers-")
         folder = Path(self._folder.name)
         self._children = [_Child(d, d, ANALYSIS, folder / f"{d.replace(':', '')}.json") for d in self.devices]
@@ -206,12 +213,13 @@ class WorkerPool:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cores() // len(self.devices))))
         # A session of its own: Ctrl+C in the terminal is for the pool, which passes it on in its own way.
         child.process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
-        child.started = time.monotonic()
+        child.started, child.killed_at = time.monotonic(), None
         log.info("worker %s: started (pid %d, queues %s)", child.name, child.process.pid, child.queues)
 
     def _supervise(self) -> None:
         while not self._stopping.wait(WATCH_EVERY_S):
             with self._lock:
+                self._held = [process for process in self._held if process.poll() is None]
                 for child in self._children:
                     try:
                         self._watch(child)
@@ -236,6 +244,9 @@ class WorkerPool:
             child.last_exit, child.process = status, None
             log.error("worker %s: %s; starting it again in %.1f s", child.name, _ended(status), child.backoff_s)
             return
+        if child.killed_at is not None:
+            self._let_go(child, at)
+            return
         busy = child.busy()
         if busy is None:
             return
@@ -243,6 +254,19 @@ class WorkerPool:
         if busy.seconds > longest_s:
             log.error("worker %s: stuck in job %s for %.0f s; killing it", child.name, busy.job, busy.seconds)
             child.process.kill()
+            child.killed_at = at
+
+    def _let_go(self, child: _Child, at: float) -> None:
+        """Start another in place of a worker that was killed and does not end: a disk that does not answer holds it, whatever signal comes."""
+        assert child.process is not None and child.killed_at is not None
+        if at - child.killed_at < self._let_go_after_s:
+            return
+        log.error(
+            "worker %s: process %d was killed and does not end (a disk or network file system that does not answer?); starting another beside it",
+            child.name, child.process.pid,
+        )  # fmt: skip
+        self._held.append(child.process)
+        child.process, child.start_at = None, at
 
 
 def _ended(status: int) -> str:

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from redis.exceptions import RedisError
-from rq import Queue
 from rq.registry import FailedJobRegistry, FinishedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
 
 from backend.jobs import scripts
 from backend.jobs.queue import BagQueue
 from backend.jobs.queue_overview import cannot_serve, readings
-from backend.jobs.redis_server import unavailable
+from backend.jobs.redis_health import unavailable
 from backend.jobs.states import QUEUES
 
 log = logging.getLogger(__name__)
@@ -113,8 +112,6 @@ def job_counts(queue: BagQueue) -> dict[str, int]:
             for registry in registries.values():
                 for name in QUEUES:
                     pipeline.zcard(registry.key_template.format(name))
-            for name in QUEUES:
-                pipeline.llen(Queue.redis_queue_namespace_prefix + name)
             answers = [int(answer or 0) for answer in readings(pipeline)]
     except RedisError as error:
         if cannot_serve(error):
@@ -122,5 +119,5 @@ def job_counts(queue: BagQueue) -> dict[str, int]:
         raise
     width = len(QUEUES)
     counts = {status: sum(answers[i * width : (i + 1) * width]) for i, status in enumerate(registries)}
-    counts["queued"] += sum(answers[-width:])
+    counts["queued"] += sum(queue.depths().values())
     return counts

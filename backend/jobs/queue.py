@@ -332,8 +332,10 @@ class BagQueue(QueueOverview):
             for age in ages
             for key in self.redis.zrangebyscore(scripts.WAITING_INDEX, *age)
         ]
-        live = set(self._live([*old, *(f"publish-{key}" for key in old)]))
-        swept = [key for key in old if live.isdisjoint((key, f"publish-{key}"))]
+        # Who looks after a bag: its own job, or one of the pushes of enqueue_publish, which may be put off.
+        cares = {key: (key, self.forms.bag_push_id(key), self.forms.bag_push_id(key, again=True)) for key in old}
+        live = set(self._live([name for names in cares.values() for name in names]))
+        swept = [key for key, names in cares.items() if live.isdisjoint(names)]
         for key in swept:
             self.enqueue_publish(key)
         return swept

@@ -17,6 +17,11 @@ WAITING_INDEX = "wsc:waiting"
 POPPED = "wsc:popped"
 """Sorted set ``queue id`` of jobs taken from a queue and not yet marked as started, scored by the time (s)."""
 
+UNFIT = "wsc:unfit"
+"""Sorted set ``queue:needs`` of the lists of jobs that no worker that met them fits, scored by when one was put there last (s); see :func:`unfit_key`."""
+NEEDS_FIELD = "wsc_needs"
+"""Of a job's Redis hash: which model and settings its worker must have."""
+
 LONGEST_RETRY_S = 600
 """No retry of an analysis or a push is put off for so long, in seconds."""
 
@@ -24,6 +29,11 @@ LONGEST_RETRY_S = 600
 def waiting_key(bag_key: str) -> str:
     """Redis hash of the tasks that wait for a bag: ``project:task`` → JSON of the WaitingTask."""
     return f"wsc:waiting:{bag_key}"
+
+
+def unfit_key(queue_and_needs: str) -> str:
+    """Redis list of the jobs, taken out of ``queue``, that wait for a worker with what they need."""
+    return f"{UNFIT}:{queue_and_needs}"
 
 
 def answer_key(project: int, task: int, model_version: str) -> str:
@@ -54,6 +64,11 @@ def training_key(project: int) -> str:
     return f"wsc:train:{project}"
 
 
+def training_lock_key(project: int) -> str:
+    """Redis key that is held while somebody trains a project."""
+    return f"wsc:training:{project}"
+
+
 def config_key(project: int) -> str:
     """Redis key of a project's labelling config as it was last seen."""
     return f"wsc:config:{project}"
@@ -64,17 +79,27 @@ local JOB, QUEUE, QUEUES = '{Job.key_for("")}', '{Queue.redis_queue_namespace_pr
 local RESULTS, SCHEDULED = '{Result.get_key("")}', '{ScheduledJobRegistry.key_template.format("")}'
 local FINISHED, FAILED = '{FinishedJobRegistry.key_template.format("")}', '{FailedJobRegistry.key_template.format("")}'
 local INDEX, POPPED = '{WAITING_INDEX}', '{POPPED}'
+local UNFIT, NEEDS = '{UNFIT}', '{NEEDS_FIELD}'
 """
 
 # Write a job afresh, whatever its former self left behind, and put it at the end of its queue (or there in `delay` seconds).
 _CREATE = """
+local function leave_unfit(id, queue)  -- out of the list of those that wait for a worker that fits; whether it was there
+    local place = queue .. ':' .. (redis.call('HGET', JOB .. id, NEEDS) or '')
+    local there = redis.call('LREM', UNFIT .. ':' .. place, 1, id) == 1
+    if there and redis.call('EXISTS', UNFIT .. ':' .. place) == 0 then redis.call('ZREM', UNFIT, place) end
+    return there
+end
+
 local function create(id, queue, delay, first_field)
     local origin = redis.call('HGET', JOB .. id, 'origin')
+    local needs = redis.call('HGET', JOB .. id, NEEDS)
     if origin then
         for _, registry in ipairs({FINISHED, FAILED, SCHEDULED}) do redis.call('ZREM', registry .. origin, id) end
     end
     redis.call('DEL', JOB .. id, RESULTS .. id)
     redis.call('HSET', JOB .. id, unpack(ARGV, first_field))
+    if needs then redis.call('HSETNX', JOB .. id, NEEDS, needs) end
     redis.call('SADD', QUEUES, QUEUE .. queue)
     if tonumber(delay) > 0 then
         redis.call('HSET', JOB .. id, 'status', 'scheduled')
@@ -109,10 +134,21 @@ end
 local status = status_of(id)
 if status == 'queued' then
     local origin = redis.call('HGET', JOB .. id, 'origin')
-    if queue == 'interactive' and origin ~= queue and redis.call('LREM', QUEUE .. origin, 1, id) == 1 then
+    if queue == 'interactive' and origin ~= queue
+            and (redis.call('LREM', QUEUE .. origin, 1, id) == 1 or leave_unfit(id, origin)) then
         redis.call('HSET', JOB .. id, 'origin', queue)
         redis.call('SADD', QUEUES, QUEUE .. queue)
         redis.call('RPUSH', QUEUE .. queue, id)
+    end
+    return status
+end
+if status == 'scheduled' and queue == 'interactive' then  -- somebody waits: the next try is now, and before those of a batch
+    local origin = redis.call('HGET', JOB .. id, 'origin')
+    if redis.call('ZREM', SCHEDULED .. origin, id) == 1 then
+        redis.call('HSET', JOB .. id, 'status', 'queued', 'origin', queue)
+        redis.call('SADD', QUEUES, QUEUE .. queue)
+        redis.call('RPUSH', QUEUE .. queue, id)
+        status = 'queued'
     end
     return status
 end
@@ -125,7 +161,8 @@ if status == 'scheduled' and queue == 'publish' then  -- sooner, if asked for so
 end
 if status == 'failed' and force == '0' then
     local ok, meta = pcall(cjson.decode, redis.call('HGET', JOB .. id, 'meta') or '')
-    if ok and type(meta) == 'table' and type(meta.error) == 'table' and meta.error.retryable == false then
+    if ok and type(meta) == 'table' and type(meta.error) == 'table' and meta.error.retryable == false
+            and meta.error.code ~= 'model_mismatch' then  -- that was for want of a worker that fits
         if field ~= '' then forget_waiting(KEYS[1], field, id) end
         return 'refused'
     end
@@ -158,7 +195,15 @@ local status = status_of(id)
 if status == 'started' then
     redis.call('SADD', AGAIN, ARGV[3])
     return 'again'
-elseif status == 'queued' then
+end
+for i = 8, #ARGV - 1, 2 do  -- who asks may have another model than who asked before
+    if status and ARGV[i] == NEEDS and ARGV[i + 1] ~= redis.call('HGET', JOB .. id, NEEDS) then
+        local unfit = leave_unfit(id, queue)
+        redis.call('HSET', JOB .. id, NEEDS, ARGV[i + 1])
+        if unfit then redis.call('RPUSH', QUEUE .. queue, id) end
+    end
+end
+if status == 'queued' then
     return status
 elseif status == 'scheduled' and delay == 0 then
     redis.call('ZREM', SCHEDULED .. queue, id)
@@ -237,20 +282,59 @@ return 0
 POP = (
     _NAMES
     + """
--- Take the next job. ARGV: queue names in order of priority. Returns {queue, id}, or nothing.
+-- Take the next job that the worker fits. ARGV: the worker's digest of model and settings ('' fits all), what is noted of a job that it does not fit
+-- (its meta), queue names in order of priority. Returns {queue, id, how many it did not fit}; queue and id are '' if there is none.
 -- RQ pops with BLPOP: a worker killed before it marked the job as started would lose it. Here the job is noted in the same step.
--- An id that is in a queue twice, or whose job is gone, is passed over.
-for _, queue in ipairs(ARGV) do
+-- An id that is in a queue twice, or whose job is gone, is passed over. A job that the worker does not fit is put aside, for one that does.
+local own, unfit, now = ARGV[1], 0, redis.call('TIME')[1]
+for i = 3, #ARGV do
+    local queue = ARGV[i]
+    local aside = queue .. ':' .. own
     while true do
-        local id = redis.call('LPOP', QUEUE .. queue)
+        local id = own ~= '' and redis.call('LPOP', UNFIT .. ':' .. aside)
+        if id then
+            if redis.call('EXISTS', UNFIT .. ':' .. aside) == 0 then redis.call('ZREM', UNFIT, aside) end
+        else
+            id = redis.call('LPOP', QUEUE .. queue)
+        end
         if not id then break end
         if redis.call('HGET', JOB .. id, 'status') == 'queued' then
-            redis.call('ZADD', POPPED, redis.call('TIME')[1], queue .. ' ' .. id)
-            return {queue, id}
+            local needs = redis.call('HGET', JOB .. id, NEEDS) or ''
+            if own == '' or needs == own or #needs ~= 40 or string.find(needs, '[^0-9a-f]') then
+                redis.call('ZADD', POPPED, now, queue .. ' ' .. id)
+                return {queue, id, unfit}
+            end
+            redis.call('RPUSH', UNFIT .. ':' .. queue .. ':' .. needs, id)
+            redis.call('ZADD', UNFIT, now, queue .. ':' .. needs)
+            redis.call('HSET', JOB .. id, 'meta', ARGV[2])
+            unfit = unfit + 1
         end
     end
 end
-return false
+return {'', '', unfit}
+"""
+)
+
+EXPIRE_UNFIT = (
+    _NAMES
+    + """
+-- Give up what has waited too long for a worker that fits. ARGV: age in seconds. Returns the ids.
+local given_up, time = {}, redis.call('TIME')
+for _, place in ipairs(redis.call('ZRANGEBYSCORE', UNFIT, '-inf', time[1] - ARGV[1], 'LIMIT', 0, 10)) do
+    local queue = string.match(place, '^(%a+):')
+    for _ = 1, 500 do
+        local id = redis.call('LPOP', UNFIT .. ':' .. place)
+        if not id then break end
+        if queue and redis.call('HGET', JOB .. id, 'status') == 'queued' then
+            redis.call('HSET', JOB .. id, 'status', 'failed')
+            redis.call('ZADD', FAILED .. queue, string.format('%.6f', time[1] + ARGV[1] + time[2] / 1e6), id)
+            redis.call('EXPIRE', JOB .. id, ARGV[1])
+            table.insert(given_up, id)
+        end
+    end
+    if redis.call('EXISTS', UNFIT .. ':' .. place) == 0 then redis.call('ZREM', UNFIT, place) end
+end
+return given_up
 """
 )
 

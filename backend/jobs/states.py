@@ -26,7 +26,7 @@ def takes(function: str, args: object) -> bool:
     """Whether ``args`` are such as we enqueue one of our functions with. Something else may write to this Redis."""
     match function, args:
         case (_, [dict() as request]) if function == ANALYSE:
-            return _is_key(request.get("key")) and isinstance(request.get("slide"), dict)
+            return _is_key(request.get("key")) and isinstance(request.get("slide"), dict) and _may_need(request)
         case (_, [key]) if function == PUBLISH_BAG:
             return _is_key(key)
         case (_, [key, dict() as waiting]) if function == PUBLISH_TASK:
@@ -35,6 +35,7 @@ def takes(function: str, args: object) -> bool:
                 numbers
                 and _is_key(key)
                 and all(isinstance(waiting.get(name), str) for name in ("label_config", "model_version"))
+                and _may_need(waiting)
             )
         case (_, [project]) if function == TRAIN:
             return type(project) is int and project > 0
@@ -43,6 +44,10 @@ def takes(function: str, args: object) -> bool:
 
 def _is_key(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{40}", value) is not None
+
+
+def _may_need(value: Mapping[str, Any]) -> bool:
+    return value.get("needs", "") == "" or _is_key(value["needs"])
 
 
 Priority = Literal["interactive", "batch"]
@@ -70,29 +75,34 @@ class BagRequest:
         The bag key, 40 hexadecimal digits; also the id of the job.
     slide
         A :class:`backend.slides.source.SlideRef` as JSON. The queue does not look inside.
+    needs
+        :func:`~backend.inference.key.analysis_digest` of the asker: a worker with another would make another bag, and leaves the job to those that
+        fit. Empty: any worker takes it.
     """
 
     key: str
     slide: dict[str, Any]
+    needs: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only."""
-        return {"key": self.key, "slide": self.slide}
+        return {"key": self.key, "slide": self.slide, **({"needs": self.needs} if self.needs else {})}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> BagRequest:
         """The inverse of :meth:`to_json`."""
-        return cls(key=str(value["key"]), slide=dict(value["slide"]))
+        return cls(str(value["key"]), dict(value["slide"]), str(value.get("needs", "")))
 
 
 @dataclass(frozen=True)
 class WaitingTask:
-    """A Label Studio task that is to get its prediction pushed when its bag is done."""
+    """A Label Studio task that is to get its prediction pushed when its bag is done, by a worker with what it ``needs`` (:class:`BagRequest`)."""
 
     project: int
     task: int
     label_config: str
     model_version: str
+    needs: str = ""
 
     @property
     def id(self) -> str:
@@ -101,7 +111,7 @@ class WaitingTask:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values only."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if value or name != "needs"}
 
     def to_text(self) -> str:
         """Canonical JSON text: equal tasks have equal texts."""
@@ -110,7 +120,8 @@ class WaitingTask:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> WaitingTask:
         """The inverse of :meth:`to_json`."""
-        return cls(int(value["project"]), int(value["task"]), str(value["label_config"]), str(value["model_version"]))
+        texts = (str(value["label_config"]), str(value["model_version"]), str(value.get("needs", "")))
+        return cls(int(value["project"]), int(value["task"]), *texts)
 
 
 @dataclass(frozen=True)

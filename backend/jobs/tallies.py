@@ -11,7 +11,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from backend.jobs.queue_overview import cannot_serve
-from backend.jobs.redis_server import unavailable
+from backend.jobs.redis_health import unavailable
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -23,6 +23,7 @@ from backend.jobs.queue import BagQueue, BagRequest, JobState, WaitingTask
 from backend.jobs.tallies import note_bag
 from backend.jobs.training import TrainingQueue
 from backend.logs import working_on
+from backend.redaction import shown_address
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ LOOK_FOR_RESULT_S = 15
 LOOKS_FOR_RESULT = 2
 ANALYSES_AGAIN = 2
 """How often a result that should be there is looked for, so many seconds apart, and how often its bag is analysed again after that."""
+WAIT_FOR_TRAINING_S = 20.0
+"""How long a training waits for one by a command; after that it is tried again later."""
 _UNSURE = "unsure"
 _MAY_HAVE_STORED = (PushUnsure.code, WorkerDied.code, JobTimedOut.code)
 
@@ -113,6 +116,23 @@ def _open_store(settings: Settings) -> Store:
     return store
 
 
+@dataclass(frozen=True)
+class Fit:
+    """Which jobs a worker fits: those that need its ``digest`` of model and settings. Empty: all, for one that cannot tell."""
+
+    digest: str = ""
+    model_version: str = ""
+
+
+def _fit(settings: Settings, engine: Any) -> Fit:
+    from backend.inference.checkpoint import model_identity
+    from backend.inference.key import analysis_digest
+
+    # What is loaded, where something is: the file may be another by now.
+    identity = getattr(engine, "identity", None) or model_identity(settings)
+    return Fit(analysis_digest(identity, settings), identity.model_version)
+
+
 def _load_engine(settings: Settings, device: str) -> Any:
     from backend.inference.engine import load_engine
 
@@ -131,7 +151,7 @@ class WorkerContext:
         The device's name in the job list: ``cuda:3``, ``cpu``.
     engine_device
         The same device as this process sees it: ``cuda:0`` in a process that sees one only.
-    analyser, publisher, trainer, open_store, load_engine
+    analyser, publisher, trainer, open_store, load_engine, find_fit
         The parts of other rooms, imported when first needed. A test puts small real computations of its own here, in
         the ``prepare`` function that it hands to :func:`backend.jobs.worker.main`.
     """
@@ -145,6 +165,7 @@ class WorkerContext:
     trainer: Trainer = _train
     open_store: Callable[[Settings], Store] = _open_store
     load_engine: Callable[[Settings, str], Any] = _load_engine
+    find_fit: Callable[[Settings, Any], Fit] = _fit
     queue: BagQueue = field(init=False)
     _store: Store | None = field(default=None, init=False)
     _engine: Any = field(default=None, init=False)
@@ -167,6 +188,10 @@ class WorkerContext:
             self._engine = self.load_engine(self.settings, self.engine_device)
             log.info("model loaded on %s in %.1f s", self.device, time.monotonic() - started)
         return self._engine
+
+    def fit(self) -> Fit:
+        """Which jobs this worker fits; of one that has no model yet what its settings say."""
+        return self.find_fit(self.settings, self._engine)
 
 
 _context: WorkerContext | None = None
@@ -297,7 +322,7 @@ def publish_bag(key: str) -> dict[str, Any]:
         )
     if dropped and (state is None or state.status != "failed"):
         raise ResultNotFound(
-            f"The slide was analysed, and its result is not in {work.settings.results_location}; {len(dropped)} tasks waited for it.",
+            f"The slide was analysed, and its result is not in {shown_address(work.settings.results_location)}; {len(dropped)} tasks waited for it.",
             hint="Backend and workers must share one RESULTS_URL (or MODEL_DIR). Open the tasks again.",
         )
     return {"key": key, "published": 0, "dropped": len(dropped)}
@@ -339,9 +364,9 @@ def train(project: int) -> dict[str, Any]:
     """Fit a project's heads on its annotations, put them in use, rank its slides. Returns a short report."""
     work = context()
     requests = TrainingQueue(work.queue)
-    requests.begin(project)
     progress = Progress(get_current_job(), work.device)
-    with working_on(project=project):
+    with working_on(project=project), requests.alone(project, WAIT_FOR_TRAINING_S):
+        requests.begin(project)
         report = work.trainer(work.settings, work.redis, project, progress)
         log.info("project=%d %s %s", project, progress.summary(), report.get("message", ""))
     return dict(report)

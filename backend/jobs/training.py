@@ -6,27 +6,43 @@ and the job runs once more afterwards, however many asked. Imports neither torch
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from redis.exceptions import RedisError
+from redis.lock import Lock
 from rq.exceptions import NoSuchJobError
 from rq.job import Job
 from rq.serializers import JSONSerializer
 
+from backend.errors import TrainingRuns
 from backend.jobs import scripts
 from backend.jobs.job_forms import job_fields, training_id
 from backend.jobs.queue import BagQueue
 from backend.jobs.queue_overview import answers_or_unavailable
 from backend.jobs.states import JobState
 
+log = logging.getLogger(__name__)
+
 LONGEST_DELAY = 10
 """A project in which something happens all the time is trained after so many times ``TRAIN_DEBOUNCE_S``, at the latest."""
 
 
 class TrainingQueue:
-    """Requests for training. Every method raises :class:`~backend.errors.QueueUnavailable` when Redis does not answer."""
+    """Requests for training. Every method raises :class:`~backend.errors.QueueUnavailable` when Redis does not answer.
 
-    def __init__(self, queue: BagQueue) -> None:
+    Parameters
+    ----------
+    needs
+        Gives the digest of model and settings that a worker must have, see :class:`~backend.jobs.states.BagRequest`. Empty: that of who asked before.
+    """
+
+    def __init__(self, queue: BagQueue, needs: Callable[[], str] = str) -> None:
         self._queue = queue
+        self._needs = needs
         self.redis = queue.redis
         self.settings = queue.settings
         self._request = self.redis.register_script(scripts.REQUEST_TRAINING)
@@ -50,6 +66,39 @@ class TrainingQueue:
     def note_slides(self, project: int) -> str:
         """Slides got results, which are to be ranked among the others: as :meth:`note_annotations`, however many they are."""
         return self._ask(project, 0, self.settings.train_debounce_s)
+
+    @contextmanager
+    def alone(self, project: int, wait_s: float = 0.0) -> Iterator[None]:
+        """Be the only one that trains a project while inside, worker or command, on whatever machine.
+
+        The right is held for ``HEARTBEAT_TTL_S`` and renewed by a thread: of one that was killed, it runs out.
+
+        Raises
+        ------
+        TrainingRuns
+            Somebody else has it, still after ``wait_s`` seconds.
+        """
+        ttl_s = self.settings.heartbeat_ttl_s
+        lock = self.redis.lock(scripts.training_lock_key(project), timeout=ttl_s, thread_local=False)
+        if not self._acquire(lock, wait_s):
+            raise TrainingRuns(
+                f"Project {project} is being trained by somebody else.",
+                hint="Wait until that has ended, and start it again.",
+            )
+        over = threading.Event()
+        renewing = threading.Thread(target=_renew, args=(lock, ttl_s / 3, over), name="training lock", daemon=True)
+        renewing.start()
+        try:
+            yield
+        finally:
+            over.set()
+            renewing.join()
+            with suppress(RedisError):  # it runs out
+                lock.release()
+
+    @answers_or_unavailable
+    def _acquire(self, lock: Lock, wait_s: float) -> bool:
+        return bool(lock.acquire(blocking=wait_s > 0, blocking_timeout=wait_s or None))
 
     @answers_or_unavailable
     def begin(self, project: int) -> None:
@@ -112,5 +161,15 @@ class TrainingQueue:
     def _ask(self, project: int, count: int, delay_s: float) -> str:
         job, settings = self._queue.forms.training(project), self.settings
         arguments: list[Any] = [job.id, "train", project, count, settings.train_debounce_n, delay_s, LONGEST_DELAY]
-        answer: bytes = self._request(keys=[scripts.training_key(project)], args=[*arguments, *job_fields(job)])
+        answer: bytes = self._request(
+            keys=[scripts.training_key(project)], args=[*arguments, *job_fields(job, self._needs())]
+        )
         return answer.decode()
+
+
+def _renew(lock: Lock, every_s: float, over: threading.Event) -> None:
+    while not over.wait(every_s):
+        try:
+            lock.reacquire()
+        except RedisError as error:  # away for now; or away for so long that it has run out, and may be another's
+            log.debug("the right to train is not renewed: %s", error)

@@ -176,10 +176,9 @@ class Predictor:
                 f"The slide of task {task.get('id')!r} has a location that is no text: {error}.",
                 hint="Correct the task's data.",
             ) from None
-        key = self._services.key(ref)
-        task_id = task.get("id")
-        number, request = task_id if isinstance(task_id, int) else None, BagRequest(key, ref.to_json())
-        return _Pending(index, task, number, key, request, self._services.store.has(key))
+        request, task_id = self._services.request(ref), task.get("id")
+        number = task_id if isinstance(task_id, int) else None
+        return _Pending(index, task, number, request.key, request, self._services.store.has(request.key))
 
     def _answer(self, item: _Pending, project: int | None, label_config: str, area: DrawnArea | None) -> Slot | None:
         """The prediction of a stored bag, ``[]`` if someone else is handing it out, ``None`` if nothing readable is stored."""
@@ -237,7 +236,8 @@ class Predictor:
     def _waiting(self, item: _Pending, project: int | None, label_config: str) -> WaitingTask | None:
         if item.task_id is None or project is None:
             return None
-        return WaitingTask(project, item.task_id, label_config, self._services.versions.version(project))
+        version = self._services.versions.version(project)
+        return WaitingTask(project, item.task_id, label_config, version, self._services.needs)
 
     def _wait(
         self, item: _Pending, project: int | None, label_config: str, area: DrawnArea | None, deadline: float

@@ -11,7 +11,7 @@ from redis import Redis
 
 from backend.errors import LabelStudioUnreachable, SourceError
 from backend.jobs.pushes import note_push
-from backend.jobs.queue import BagRequest, WaitingTask
+from backend.jobs.queue import WaitingTask
 from backend.label_studio.answers import Answers, slide_ref
 from backend.label_studio.api_errors import TaskGone
 from backend.label_studio.client import Pushed
@@ -34,6 +34,7 @@ class TaskBusy(LabelStudioUnreachable):
     """An answer to /predict for the same task is on its way; pushing now could store it twice."""
 
     code = "task_busy"
+    ordinary = True
 
 
 def publish(settings: Settings, redis: Redis, key: str, waiting: WaitingTask) -> Pushed | None:
@@ -125,7 +126,7 @@ def _ask_anew(services: Services, ref: SlideRef, waiting: WaitingTask) -> None:
             f"Each time its result is to be pushed, the slide of task {waiting.task} is another one, or the result is gone.",
             hint="Is the file being written to, or does its server change ETag or Last-Modified at every request? Open the task again when that has ended.",
         )
-    request = BagRequest(services.key(ref), ref.to_json())
+    request = services.request(ref)
     if services.store.has(request.key):
         services.queue.put_back_waiting(request.key, [waiting])
         services.queue.enqueue_publish(request.key)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 # Each waiting /predict holds a thread; /health and /setup must be answered within a second all the same.
 _PREDICT_THREADS = 64
+_SETUP_THREADS = 8
 # START_TRAINING, which comes without the secret, says little more than the project and its labelling config.
 _UNSIGNED_MAX_BYTES = 1_000_000
 # Reading a labelling config takes about a millisecond for so many characters.
@@ -99,31 +100,45 @@ def label_studio_router(
     backend = WholeSlideBackend(services=services)
     texts = JsonTexts()
     limiter = anyio.CapacityLimiter(_PREDICT_THREADS)
-    config_lane = anyio.CapacityLimiter(1)
+    setup_lane, config_lane = anyio.CapacityLimiter(_SETUP_THREADS), anyio.CapacityLimiter(1)
     user = [Depends(require_user)]
 
     @router.get("/health", dependencies=user)
-    async def health() -> dict[str, str]:
-        """Whether the backend is up; asked before every prediction."""
-        return {
-            "status": "UP",
+    async def health() -> dict[str, Any]:
+        """Whether the backend is up; asked before every prediction.
+
+        The status is ``degraded``, and ``problem`` says why, while slides cannot be queued. The answer is 200 all the same: Label Studio asks nothing
+        of a backend that answers otherwise, and what is stored can still be shown.
+        """
+        problem = services.redis_watch.problem  # as of the last look: nothing is waited for here
+        about = {
             "model_class": "WholeSlideBackend",
             "model_version": services.model.model_version,
             "version": __version__,
         }
+        if problem is None:
+            return {"status": "UP", **about}
+        return {"status": "degraded", **about, "problem": problem.as_dict()}
 
     @router.post("/setup", dependencies=user, openapi_extra=describe_body(SetupRequest))
     async def setup(request: Request) -> dict[str, str]:
         """States the model version; refuses a labelling config that has nothing to fill, and says what to add."""
         body = await read_body(request, SetupRequest)
         config = body.label_config or ""
-        if len(config) > _LONG_CONFIG_CHARS:
-            await anyio.to_thread.run_sync(parse_config, config, limiter=config_lane)
-        elif config:
-            parse_config(config)
         number = project_id(body.project, ())
         services.versions.note_created(number, project_created(body.project))
-        return {"model_version": services.versions.version(number)}
+
+        def look() -> str:
+            unused = [str(control) for control in parse_config(config).unused] if config else []
+            if unused != told.get(number, []):
+                told[number] = unused
+                for control in unused:
+                    log.info("setup: project %s: not used: %s", number, control)
+            return services.versions.version(number)  # reads the heads' files
+
+        # Threads of its own: Label Studio gives this three seconds, whatever else is being waited for.
+        lane = config_lane if len(config) > _LONG_CONFIG_CHARS else setup_lane
+        return {"model_version": await anyio.to_thread.run_sync(look, limiter=lane)}
 
     @router.post(
         "/predict", dependencies=user, response_model=PredictResponse, openapi_extra=describe_body(PredictRequest)

@@ -10,9 +10,10 @@ from functools import cached_property
 from redis import Redis
 
 from backend.inference.checkpoint import ModelIdentity, model_identity
-from backend.inference.key import bag_key
-from backend.jobs.queue import BagQueue
+from backend.inference.key import analysis_digest, bag_key
+from backend.jobs.queue import BagQueue, BagRequest
 from backend.jobs.redis_server import connect
+from backend.jobs.redis_watch import RedisWatch
 from backend.jobs.training import TrainingQueue
 from backend.kept_key import kept_key
 from backend.label_studio.client import LabelStudioClient
@@ -39,12 +40,16 @@ class Services:
         return self.given_redis or connect(self.settings)
 
     @cached_property
+    def redis_watch(self) -> RedisWatch:
+        return RedisWatch(self.settings)
+
+    @cached_property
     def queue(self) -> BagQueue:
         return BagQueue(self.settings, self.redis)
 
     @cached_property
     def training(self) -> TrainingQueue:
-        return TrainingQueue(self.queue)
+        return TrainingQueue(self.queue, lambda: self.needs)
 
     @cached_property
     def versions(self) -> ProjectVersions:
@@ -76,10 +81,21 @@ class Services:
     def model(self) -> ModelIdentity:
         return model_identity(self.settings)
 
+    @cached_property
+    def needs(self) -> str:
+        """The model and settings that a worker must have to do what is asked here, as a digest."""
+        return analysis_digest(self.model, self.settings)
+
+    def request(self, ref: SlideRef) -> BagRequest:
+        """What the queue is asked for a slide."""
+        return BagRequest(self.key(ref), ref.to_json(), self.needs)
+
     def close(self) -> None:
         """Close what was opened here."""
         if "client" in self.__dict__:
             self.client.close()
+        if "redis_watch" in self.__dict__:
+            self.redis_watch.close()
         if "redis" in self.__dict__ and self.given_redis is None:
             self.redis.close()
 

@@ -365,7 +365,7 @@ def _push(
     elsewhere."""
     rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
     waiting = [
-        (lesson.slides[row].key, WaitingTask(project, lesson.slides[row].task, "", version))
+        (lesson.slides[row].key, WaitingTask(project, lesson.slides[row].task, "", version, services.needs))
         for row in rows.tolist()
         if old is None or old.cluster_of(lesson.slides[row].task) != int(snapshot.cluster[row])
     ]

@@ -66,10 +66,11 @@ def eventually(condition: Callable[[], Any], what: str, timeout_s: float = 90) -
 
 @contextmanager
 def workers(
-    settings: Settings, count: int = 1, queues: str = "interactive,batch,publish", *more: str
+    settings: Settings, count: int = 1, queues: str = "interactive,batch,publish", *more: str, fits: str = ""
 ) -> Iterator[list[Any]]:
-    """Worker processes, killed at the end. Their log is ``worker.log`` in MODEL_DIR."""
-    environment = {**os.environ, **settings_environ(settings), "OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+    """Worker processes, killed at the end. Their log is ``worker.log`` in MODEL_DIR. ``fits``: as if their model and settings had this digest."""
+    ours = {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "WSC_TEST_FITS": fits}
+    environment = {**os.environ, **settings_environ(settings), **ours}
     with (settings.model_dir / "worker.log").open("a") as log:
         processes = [
             subprocess.Popen([*WORKER, "--queues", queues, *more], env=environment, stdout=log, stderr=log)
@@ -142,6 +143,9 @@ def prepare(context: tasks.WorkerContext) -> None:
     context.publisher = publish
     context.trainer = train
     context.load_engine = lambda _settings, device: f"engine-on-{device}"
+    # As if its model and settings were others: what they are is told by a variable.
+    needs = os.environ.get("WSC_TEST_FITS", "")
+    context.find_fit = lambda _settings, _engine: tasks.Fit(needs, f"wsc-{needs[:6]}")
 
 
 def submit_from_elsewhere(settings: Settings, name: str, tasks_from: int, count: int) -> list[str]:

@@ -11,6 +11,7 @@ from job_helpers import bag, key
 from redis import Redis
 from rq.executions import Execution
 from rq.registry import FailedJobRegistry, ScheduledJobRegistry, StartedJobRegistry
+from rq.results import Result
 from rq.serializers import JSONSerializer
 from rq.utils import now, utcformat
 
@@ -21,6 +22,7 @@ from backend.jobs.bag_worker import BagWorker
 from backend.jobs.housekeeping import Heart, Housekeeper
 from backend.jobs.leases import Leases
 from backend.jobs.queue import BagQueue
+from backend.jobs.training import TrainingQueue
 from backend.settings import Settings
 
 LEASES = StartedJobRegistry.key_template.format("batch")
@@ -239,3 +241,27 @@ def test_a_job_that_heard_no_signal_is_said_to_have_been_stuck_and_not_to_have_k
     stuck = describe_abandoned(job, 45, job.timeout + 30)
     assert (stuck.code, stuck.retryable) == ("job_timed_out", False)
     assert "stuck" in stuck.message
+
+
+def test_a_job_that_ended_well_is_ended_once_though_it_is_said_twice(
+    settings: Settings, redis: Redis, queue: BagQueue
+) -> None:
+    """The answer to the first was lost; in between, the same training was asked for again."""
+    training = TrainingQueue(queue)
+    training.train_now(7)
+    worker = BagWorker(tasks.WorkerContext(settings, redis), ["train"])
+    found = worker._next_job()
+    assert found is not None
+    job = found[0]
+    execution = worker.prepare_execution(job)
+    worker.prepare_job_execution(job)
+    assert training.train_now(7) == "again"
+    result = Result(job.id, Result.Type.SUCCESSFUL, redis, return_value={"version": "v"}, serializer=JSONSerializer)
+    assert worker.leases.finish(job, execution, "train", result) == "done"
+    assert training.report(7) == {"version": "v"}
+    assert training.resume(7), "housekeeping of another worker was faster"
+    assert worker.leases.finish(job, execution, "train", result) == "over"
+    state = training.state(7)
+    assert state is not None and state.status == "queued", "what was asked in between is still to be done"
+    assert worker._next_job() is not None
+    tasks.set_context(None)

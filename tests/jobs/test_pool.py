@@ -140,3 +140,26 @@ def test_workers_read_the_settings_that_the_pool_has(tmp_path: Path, monkeypatch
     for name, value in settings_environ(given).items():
         monkeypatch.setenv(name, value)
     assert load_settings() == given
+
+
+def test_a_worker_that_no_signal_ends_is_said_once_and_another_takes_its_place(
+    settings: Settings, queue: BagQueue, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In uninterruptible sleep, as on a network file system that is away. Here, a worker whose SIGKILL does not arrive."""
+    lost: list[subprocess.Popen[bytes]] = []
+    kill = subprocess.Popen.kill
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: lost.append(process))
+    limits = {"watchdog_s": 1.0, "let_go_after_s": 1.0}
+    with WorkerPool(settings, command=WORKER, **limits) as pool:
+        queue.submit(bag("a", until="never"), priority="interactive")
+        first = eventually(lambda: pool.status()[0]["job"] == key("a") and pid_of(pool, "cpu"), "it is at the slide")
+        eventually(lambda: pid_of(pool, "cpu") not in (None, first), "another takes its place")
+        queue.submit(bag("b"), priority="interactive", waiting=waiting(2))
+        eventually(lambda: ledger(settings, "published"), "and does the other slides")
+        said = [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+        monkeypatch.setattr(subprocess.Popen, "kill", kill)
+        for process in lost:
+            process.kill()
+            process.wait()
+    assert sum("killing it" in line for line in said) == 1 == sum("starting another beside it" in line for line in said)
+    assert len(lost) == 1

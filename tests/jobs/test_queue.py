@@ -271,3 +271,31 @@ def test_the_web_process_and_the_pool_load_neither_torch_nor_mmm() -> None:
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip() == "[]"
+
+
+def test_opening_a_slide_that_waits_for_another_try_has_it_tried_now_and_first(queue: BagQueue, redis: Redis) -> None:
+    queue.submit(bag("before it"), priority="batch")
+    queue.submit(bag("a"), priority="batch")
+    redis.lrem("rq:queue:batch", 0, key("a"))
+    redis.hset(f"rq:job:{key('a')}", "status", "scheduled")  # as after a failure that may pass
+    redis.zadd("rq:scheduled:batch", {key("a"): redis.time()[0] + 60})
+    assert queue.submit(bag("a"), priority="batch").position is None, "a batch has time"
+    state = queue.submit(bag("a"), priority="interactive")
+    assert (state.status, state.queue, state.position) == ("queued", "interactive", 1)
+    assert redis.zcard("rq:scheduled:batch") == 0
+
+
+def test_a_push_that_is_put_off_while_the_answer_is_on_its_way_is_no_forgotten_one(
+    queue: BagQueue, redis: Redis
+) -> None:
+    """An ordinary opening: the answer is given, and a push makes sure of it a minute later."""
+    assert queue.claim_answer(1, 7, "v", ttl_s=60)
+    queue.put_back_waiting(key("a"), [WaitingTask(1, 7, "<View/>", "v")])
+    queue.enqueue_publish(key("a"), delay_s=1)
+    redis.hset(f"rq:job:publish-{key('a')}", "status", "started")  # a worker looks
+    assert queue.publish_waiting(key("a")) == []
+    redis.hset(f"rq:job:publish-{key('a')}", "status", "finished")
+    redis.zadd(scripts.WAITING_INDEX, {key("a"): redis.time()[0] - 100})
+    assert queue.sweep_waiting() == [], "it is looked after"
+    redis.delete(f"rq:job:publish-{key('a')}-again")
+    assert queue.sweep_waiting() == [key("a")], "and now it is not"

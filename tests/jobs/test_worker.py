@@ -119,7 +119,7 @@ def test_a_bag_whose_worker_died_between_taking_and_starting_it_is_not_lost(
     settings: Settings, queue: BagQueue
 ) -> None:
     queue.submit(bag("a"), priority="interactive")
-    assert queue.redis.eval(scripts.POP, 0, "interactive") == [b"interactive", key("a").encode()]
+    assert queue.redis.eval(scripts.POP, 0, "", "{}", "interactive") == [b"interactive", key("a").encode(), 0]
     assert queue.depths()["interactive"] == 0, "this is where RQ would have lost it"
     with workers(settings):
         assert queue.wait([key("a")], 60)[key("a")].status == "finished"
