@@ -101,6 +101,7 @@ def label_studio_router(
     texts = JsonTexts()
     limiter = anyio.CapacityLimiter(_PREDICT_THREADS)
     setup_lane, config_lane = anyio.CapacityLimiter(_SETUP_THREADS), anyio.CapacityLimiter(1)
+    told: dict[int | None, list[str]] = {}  # by project, the controls that were said not to be used
     user = [Depends(require_user)]
 
     @router.get("/health", dependencies=user)

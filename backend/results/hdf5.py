@@ -26,7 +26,8 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,10 +38,11 @@ import numpy.typing as npt
 from backend.errors import ResultDamaged, StoreUnavailable
 from backend.paths import StrPath
 from backend.results.bag import Bag, BagResult, Float32Array
-from backend.results.seal import Range, make_seal, read_seal
+from backend.results.seal import Range, Seal, make_seal, read_seal
 from backend.results.tissue_record import TissueRecord
 
 FORMAT_VERSION = 2
+_SUMMARY_MAX_CHARS = 30_000
 _BAG_SCALARS = (
     "kind",
     "grid_size",
@@ -92,7 +94,10 @@ def write_hdf5(result: BagResult, file: StrPath | BinaryIO) -> None:
             for name in _TISSUE_SCALARS:
                 h5["tissue"].attrs[name] = getattr(bag.tissue, name)
         features = _chunks(h5["features"])
-    seal = make_seal(file, result.slide_embedding, features)
+    summary: dict[str, Any] | None = {"tiles": len(bag), "provenance": dict(result.provenance)}
+    if len(json.dumps(summary)) > _SUMMARY_MAX_CHARS:  # it is then read from the file itself
+        summary = None
+    seal = make_seal(file, result.slide_embedding, features, summary)
     file.seek(0, os.SEEK_END)
     file.write(seal)
 
@@ -221,12 +226,33 @@ def _damaged_or_unavailable(error: Exception) -> ResultDamaged | StoreUnavailabl
     return ResultDamaged(f"The stored result cannot be read: {error}")
 
 
-def read_slide_embedding(file: StrPath | BinaryIO) -> Float32Array:
-    """Only the slide embedding of a result, float32 (D,), out of the seal: HDF5 is not asked. Errors as :func:`read_hdf5`."""
+@dataclass(frozen=True)
+class Summary:
+    """Of a result what is shown of many at once: float32 (D,) slide embedding, number of tiles, provenance."""
+
+    embedding: Float32Array
+    tiles: int
+    provenance: Mapping[str, Any]
+
+
+def read_end(file: StrPath | BinaryIO, *, before: int = 0) -> Seal:
+    """The seal of a result, which holds its slide embedding and mostly a summary: HDF5 is not asked. Errors as :func:`read_hdf5`.
+
+    ``before``: see :func:`backend.results.seal.read_seal`.
+    """
     try:
         with _opened(file) as plain:
-            return read_seal(plain).embedding
+            return read_seal(plain, before=before)
     except FileNotFoundError:
         raise
     except _UNREADABLE as error:
         raise _damaged_or_unavailable(error) from error
+
+
+def summary_of(seal: Seal) -> Summary | None:
+    """What a seal says of its result; ``None`` if it lacks that."""
+    found = seal.summary or {}
+    tiles, provenance = found.get("tiles"), found.get("provenance")
+    if not isinstance(tiles, int) or not isinstance(provenance, dict):
+        return None
+    return Summary(seal.embedding, tiles, provenance)

@@ -7,11 +7,12 @@ import io
 import logging
 import os
 import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -25,8 +26,10 @@ from backend.errors import (
     StoreUnavailable,
 )
 from backend.paths import StrPath
+from backend.redaction import redactor_for, shown_address
 from backend.results.bag import BagResult, Float32Array
-from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
+from backend.results.hdf5 import Summary, read_end, read_hdf5, summary_of, write_hdf5
+from backend.results.seal import Seal
 from backend.stores import driver_hint
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,8 @@ _KEY = re.compile(r"[0-9a-f]{40}")
 DAMAGED_MAX = 3
 """So often a result is computed again because its file was damaged. Then its disk is."""
 _STALE_S = 86_400.0
+_END_BYTES = 65_536
+"""More than a seal takes."""
 # Stores of objects: what is written appears whole or not at all, and renaming is copying.
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oci", "oss"})
 
@@ -51,7 +56,7 @@ class ResultStore:
     Parameters
     ----------
     url
-        A folder: a local path, or any URL that fsspec knows (``s3://bucket/prefix``).
+        A folder: a local path, or any URL that fsspec knows (``s3://bucket/prefix``). The attribute of this name is for messages, and lacks its secrets.
 
     Raises
     ------
@@ -60,14 +65,18 @@ class ResultStore:
     """
 
     def __init__(self, url: StrPath) -> None:
-        self.url = url = os.fspath(url)
+        url = os.fspath(url)
+        self.url = shown_address(url)
+        redact = self._redact = redactor_for(url)
         self._fs: Any
         # fsspec may remember listings for ever, and others write here too.
         remembers_nothing = {"use_listings_cache": False} if "://" in url else {}
         try:
             self._fs, self._root = fsspec.core.url_to_fs(url, **remembers_nothing)
         except (ImportError, ValueError) as error:
-            raise SettingsError(f"RESULTS_URL {url!r} cannot be opened: {error}.", hint=driver_hint(url)) from error
+            raise SettingsError(
+                f"RESULTS_URL {self.url!r} cannot be opened: {redact(str(error))}.", hint=driver_hint(url)
+            ) from error
         self._local = isinstance(self._fs, LocalFileSystem)
         protocols = {self._fs.protocol} if isinstance(self._fs.protocol, str) else set(self._fs.protocol)
         self._objects = not protocols.isdisjoint(_OBJECT_STORES)
@@ -109,9 +118,42 @@ class ResultStore:
     def _read(self, path: str, latents: bool) -> BagResult:
         if self._local:
             return read_hdf5(Path(path), latents=latents)
-        with self._answers():
+        if not latents:
+            with contextlib.suppress(ResultDamaged), self._small_part(path) as file:
+                return read_hdf5(file, latents=False)
+        with self._answers():  # also where its end does not say where what lies: judged as a whole
             content = self._fs.cat_file(path)
         return read_hdf5(io.BytesIO(content), latents=latents)
+
+    @contextlib.contextmanager
+    def _small_part(self, path: str) -> Iterator[BinaryIO]:
+        """A result as a file on this machine in which the latents, nearly all of it, are a hole: they are not fetched."""
+        before, end = self._end_of(path)
+        seal = read_end(io.BytesIO(end), before=before)
+        ranges = [(first, min(after, before)) for first, after in seal.ranges() if first < before]
+        with tempfile.TemporaryFile() as file:
+            file.seek(before)
+            file.write(end)
+            with self._answers():
+                starts, ends = [first for first, _ in ranges], [after for _, after in ranges]
+                pieces = self._fs.cat_ranges([path] * len(ranges), starts, ends, on_error="raise")
+            for start, piece in zip(starts, pieces, strict=True):
+                file.seek(start)
+                file.write(piece)
+            yield file
+
+    def _end_of(self, path: str) -> tuple[int, bytes]:
+        """The last bytes of a file in a remote store, its seal among them, and how many lie before."""
+        with self._answers():
+            size = int(self._fs.info(path)["size"])
+            before = max(0, size - _END_BYTES)
+            return before, self._fs.cat_file(path, start=before, end=size)
+
+    def _seal(self, path: str) -> Seal:
+        if self._local:
+            return read_end(Path(path))
+        before, end = self._end_of(path)
+        return read_end(io.BytesIO(end), before=before)
 
     def _set_aside(self, key: str, path: str, error: ResultDamaged) -> None:
         aside = f"{path}.damaged-{uuid.uuid4().hex[:8]}"
@@ -137,21 +179,27 @@ class ResultStore:
             raise
         except Exception as error:  # stores raise what their client libraries do, of no common class
             raise StoreUnavailable(
-                f"The store of results does not answer as it should: {_said(error)}.",
+                f"The store of results does not answer as it should: {self._redact(_said(error))}.",
                 hint=f"Can {self.url} be reached and read from this machine?",
             ) from error
 
     def slide_embedding(self, key: str) -> Float32Array | None:
         """Only the slide embedding, float32 (D,); ``None`` if nothing is stored, or nothing readable."""
-        path = self._path(key)
         try:
-            with self._answers(), self._fs.open(path, "rb") as file:
-                return read_slide_embedding(file)
+            return self._seal(self._path(key)).embedding
         except FileNotFoundError:
             return None
         except ResultDamaged:
-            self.get(key, latents=False)  # sets it aside
-            return None
+            found = self.get(key, latents=False)  # sets it aside, if it is
+            return None if found is None else found.slide_embedding
+
+    def summary(self, key: str) -> Summary | None:
+        """What is shown of many results at once, out of the last bytes of a file; ``None`` as :meth:`slide_embedding`."""
+        with contextlib.suppress(FileNotFoundError, ResultDamaged):
+            if (found := summary_of(self._seal(self._path(key)))) is not None:
+                return found
+        result = self.get(key, latents=False)  # an earlier file, or a damaged one
+        return None if result is None else Summary(result.slide_embedding, len(result.bag), result.provenance)
 
     def need(self, key: str, *, latents: bool = True) -> BagResult:
         """Like :meth:`get`, but raises :class:`~backend.errors.ResultNotFound` where there is nothing."""
@@ -194,7 +242,7 @@ class ResultStore:
                     self._fs.rm_file(temporary)
         except Exception as error:  # stores raise what their client libraries do, of no common class
             raise StoreUnavailable(
-                f"The result cannot be written: {_said(error)}.",
+                f"The result cannot be written: {self._redact(_said(error))}.",
                 hint=f"Is there room in {self.url}, and may the backend write there? The slide is analysed again when asked for.",
             ) from error
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import hmac
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Annotated, Any
@@ -17,8 +19,10 @@ from fastapi.responses import JSONResponse
 
 from backend import __version__
 from backend.errors import BackendError
+from backend.jobs.redis_watch import LOOK_EVERY_S, RedisWatch
 from backend.label_studio.routes import label_studio_router
 from backend.label_studio.services import Services
+from backend.redaction import redactor_of
 from backend.web.assets import PanelAssets
 from backend.web.body_limit import BodyLimit
 from backend.web.cors import NO_SNIFFING, BrowserHeaders
@@ -43,13 +47,18 @@ def create_app(services: Services) -> FastAPI:
     settings = services.settings
     assets, panel = PanelAssets(), Panel(services)
     require_user = _basic_auth(services)
+    redact = redactor_of(settings, os.environ)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # Known before the first /health, which Label Studio gives one second.
         version = (await anyio.to_thread.run_sync(lambda: services.model)).model_version
+        # Read now, so that no request on the event loop waits for the disk.
+        await anyio.to_thread.run_sync(panel.signer.load)
         log.info("serving model %s", version)
+        watching = asyncio.create_task(_watch(services.redis_watch))
         yield
+        watching.cancel()
         panel.slides.close()
 
     app = FastAPI(
@@ -101,7 +110,8 @@ def create_app(services: Services) -> FastAPI:
     async def backend_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, BackendError)
         log.warning("%s %s: %s (%s)", request.method, request.url.path, error, error.code)
-        return JSONResponse({"detail": str(error), "error": error.as_dict()}, error.http_status)
+        body = redact.within({"detail": str(error), "error": error.as_dict()})
+        return JSONResponse(body, error.http_status)
 
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> JSONResponse:
@@ -119,6 +129,14 @@ def create_app(services: Services) -> FastAPI:
         return JSONResponse({"detail": "; ".join(problems), "error": {"code": "request_invalid"}}, 400)
 
     return app
+
+
+async def _watch(watch: RedisWatch) -> None:
+    """Look at Redis again and again; for as long as the server runs."""
+    lane = anyio.CapacityLimiter(1)  # a thread of its own: the others may all be waiting for that very Redis
+    while True:
+        await anyio.to_thread.run_sync(watch.look, limiter=lane)
+        await asyncio.sleep(LOOK_EVERY_S)
 
 
 def _basic_auth(services: Services) -> Any:

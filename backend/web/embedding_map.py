@@ -6,6 +6,7 @@ import logging
 import math
 import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from backend.results.bag import Float32Array
 log = logging.getLogger(__name__)
 
 MAX_SLIDES = 5000
+_READ_AT_ONCE = 8
+_CHUNK = 500
 
 
 def principal_plane(embeddings: Float32Array) -> tuple[npt.NDArray[np.float64], tuple[float, float]]:
@@ -87,7 +90,13 @@ def said_of(project: int, snapshot: ProjectSnapshot) -> dict[str, Said]:
 
 
 class EmbeddingMap:
-    """The map of what is stored. Each result is read once; the map is computed again when there are others, or something was learnt."""
+    """The map of what is stored. Of each result the summary is read, once; the map is made again when there are others, or something was learnt.
+
+    Attributes
+    ----------
+    reading
+        How many results are still to be read for the map that is being made.
+    """
 
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -95,6 +104,7 @@ class EmbeddingMap:
         self._made: tuple[frozenset[str], dict[str, Any]] | None = None
         self._told: tuple[dict[str, Any], Sequence[ProjectSnapshot], dict[str, Any]] | None = None
         self._lock = threading.Lock()
+        self.reading = 0
 
     def as_json(self) -> dict[str, Any]:
         """``points`` (key, x, y, slide, tiles, url; label, suggested, confidence, project), ``explained`` (part of the variance of x and
@@ -128,22 +138,17 @@ class EmbeddingMap:
     def _make(self, keys: frozenset[str]) -> dict[str, Any]:
         fingerprint = self._services.model.fingerprint
         self._seen = {key: seen for key, seen in self._seen.items() if key in keys}
+        ordered = sorted(keys)
         shown: list[str] = []
-        left_out = 0
-        for key in sorted(keys):
-            if len(shown) >= MAX_SLIDES:
-                left_out += 1
-                continue
-            seen = self._seen.get(key)
-            if seen is None:
-                result = self._services.store.get(key, latents=False)
-                if result is None:
-                    continue
-                ours = result.provenance.get("fingerprint") == fingerprint
-                name = str(result.provenance.get("slide", key))
-                seen = self._seen[key] = _Seen(result.slide_embedding if ours else None, name, len(result.bag))
-            if seen.embedding is not None:
-                shown.append(key)
+        at = 0
+        while at < len(ordered) and len(shown) < MAX_SLIDES:
+            self.reading = len(ordered) - at
+            some = ordered[at : at + min(_CHUNK, MAX_SLIDES - len(shown))]
+            self._read([key for key in some if key not in self._seen], fingerprint)
+            # One that is not seen is gone since the keys were listed.
+            shown += [key for key in some if key in self._seen and self._seen[key].embedding is not None]
+            at += len(some)
+        left_out = len(ordered) - at
         if not shown:
             return {"points": [], "explained": [0.0, 0.0], "left_out": left_out}
         embeddings = np.stack([e for key in shown if (e := self._seen[key].embedding) is not None])
@@ -160,6 +165,15 @@ class EmbeddingMap:
             for key, (x, y) in zip(shown, plane, strict=True)
         ]
         return {"points": points, "explained": list(explained), "left_out": left_out}
+
+    def _read(self, keys: Sequence[str], fingerprint: str) -> None:
+        """Look at results, several at once: those in an object store cost a request or two each."""
+        with ThreadPoolExecutor(_READ_AT_ONCE, thread_name_prefix="map") as pool:
+            for key, found in zip(keys, pool.map(self._services.store.summary, keys), strict=True):
+                if found is not None:
+                    ours = found.provenance.get("fingerprint") == fingerprint
+                    name = str(found.provenance.get("slide", key))
+                    self._seen[key] = _Seen(found.embedding if ours else None, name, found.tiles)
 
 
 def _same(some: Sequence[object], others: Sequence[object]) -> bool:

@@ -57,8 +57,8 @@ class StatusHub:
         for bag in self._bags.values():
             bag.changed.set()
 
-    async def stream(self, key: str) -> AsyncIterator[str]:
-        """The event stream of one bag, as text: its status now, and each time it changes."""
+    async def stream(self, key: str, project: int | None = None) -> AsyncIterator[str]:
+        """The event stream of one bag, as text: its status as :func:`for_project` tells it, now and each time that changes."""
         bag = self._bags.setdefault(key, _Bag())
         bag.watchers += 1
         if self._looking is None or self._looking.done():
@@ -69,8 +69,9 @@ class StatusHub:
             settled_at: float | None = None
             while not self._closed.is_set():
                 changed = bag.changed
-                if bag.status is not None and bag.status != told:
-                    told = bag.status
+                status = None if bag.status is None else for_project(bag.status, project)
+                if status is not None and status != told:
+                    told = status
                     yield f"event: status\ndata: {json.dumps(told)}\n\n"
                     if told["phase"] not in ("done", "failed"):
                         settled_at = None
@@ -163,6 +164,15 @@ def status_of(state: JobState | None, marks: Watched, *, stored: bool, label_stu
         for push in marks.pushes
     ]
     return {"phase": phase, "job": job, "pushes": pushes, "waiting": list(marks.waiting), "error": None}
+
+
+def for_project(status: Status, project: int | None) -> Status:
+    """``status`` for whoever has an address that was made for ``project``: nothing of tasks of others, nor of any without a project."""
+    return {
+        **status,
+        "pushes": [push for push in status["pushes"] if push["project"] == project],
+        "waiting": [task for task in status["waiting"] if task.partition(":")[0] == str(project)],
+    }
 
 
 def _guarded(services: Services, key: str, state: JobState | None, marks: Watched, *, known: bool) -> Status:

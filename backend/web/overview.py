@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import anyio
+import anyio.to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import HTMLResponse, RedirectResponse
 from pydantic import BaseModel, Field
@@ -23,6 +23,8 @@ from backend.slides.source import SlideRef
 from backend.web.assets import PanelAssets, page_headers
 from backend.web.embedding_map import EmbeddingMap
 from backend.web.hosts import KnownNames
+from backend.web.latest import Latest
+from backend.web.neighbours import Neighbours
 from backend.web.prefix import prefix_of
 from backend.web.project_extras import ProjectLearning
 from backend.web.signing import SlideSigner
@@ -30,6 +32,8 @@ from backend.web.signing import SlideSigner
 PROJECTS_KEPT_S = 15.0
 """Label Studio is not asked for its projects more often than this."""
 MAX_JOBS = 1000
+_POLL_THREADS = 4
+"""Pages that ask every few seconds wait for a slow Redis among themselves."""
 
 Limit = Annotated[int, Query(ge=1, le=MAX_JOBS, description="How many jobs to list.")]
 
@@ -104,6 +108,7 @@ class SlideMap(BaseModel):
     )
     explained: list[float] = Field(description="Part of the variance along x and along y.")
     left_out: int = Field(description="Slides beyond the most that the map shows.")
+    reading: int = Field(0, description="Results that are still being read; the map appears once all are.")
 
 
 def _site(address: str) -> str:
@@ -115,14 +120,16 @@ def _site(address: str) -> str:
 
 
 class OverviewData:
-    """What the overview's routes share."""
+    """What the overview's routes share. Lives in one event loop."""
 
     def __init__(self, services: Services, project_extras: ProjectExtras | None = None) -> None:
         self._services = services
         self._extras = ProjectLearning(services) if project_extras is None else project_extras
-        self._asked: tuple[float, list[dict[str, Any]], str] | None = None
-        self._lock = threading.Lock()
-        self.map = EmbeddingMap(services)
+        self._listed = Latest(self._list, PROJECTS_KEPT_S)
+        self._found: tuple[list[dict[str, Any]], str] = ([], "")
+        self._learnt = Latest(self._learn)
+        self._points = EmbeddingMap(services)
+        self._map = Latest(self._points.as_json)
 
     def overview(self, limit: int, status: Status | None) -> Overview:
         """As the page shows it; raises :class:`~backend.errors.QueueUnavailable` where Redis does not answer."""
@@ -148,16 +155,29 @@ class OverviewData:
             ],
         )
 
-    def projects(self) -> Projects:
+    async def projects(self) -> Projects:
         """The projects, asked of Label Studio now or a moment ago, with what they have learnt until now."""
-        with self._lock:
-            now = time.monotonic()
-            if self._asked is None or now - self._asked[0] > PROJECTS_KEPT_S:
-                self._asked = (now, *self._ask())
-            _, found, problem = self._asked
+        listed = await self._listed.get()
+        if listed is None:
+            return Projects(projects=[], problem="Label Studio has not answered yet.")
+        self._found = listed
+        learnt = await self._learnt.get()
+        return (
+            Projects(projects=[], problem="The disk with the heads has not answered yet.") if learnt is None else learnt
+        )
+
+    def _learn(self) -> Projects:
+        found, problem = self._found
         return Projects(projects=[{**p, **self._extras(int(p["id"]))} for p in found], problem=problem)
 
-    def _ask(self) -> tuple[list[dict[str, Any]], str]:
+    async def slide_map(self) -> SlideMap:
+        """The map, as far as its results have been read."""
+        made = await self._map.get()
+        if made is None:
+            return SlideMap(points=[], explained=[0.0, 0.0], left_out=0, reading=self._points.reading)
+        return SlideMap(**made, reading=0)
+
+    def _list(self) -> tuple[list[dict[str, Any]], str]:
         services = self._services
         try:
             found = services.client.projects_of_model(services.model.model_version)
@@ -193,6 +213,8 @@ def overview_router(
     """The overview's routes, all behind basic authentication where it is set."""
     router = APIRouter(tags=["overview"], dependencies=[Depends(require_user)])
     settings = services.settings
+    neighbours = Neighbours(services, signer)
+    polls = anyio.CapacityLimiter(_POLL_THREADS)
     names, public = KnownNames(settings), {_site(url) for url in settings.own_urls}
 
     @router.get("/", response_class=HTMLResponse)
@@ -201,19 +223,19 @@ def overview_router(
         return HTMLResponse(assets.page("overview.html", prefix_of(request)), headers=page_headers(settings))
 
     @router.get("/api/overview")
-    def overview(limit: Limit = 100, status: Status | None = None) -> Overview:
+    async def overview(limit: Limit = 100, status: Status | None = None) -> Overview:
         """Queues, workers, jobs."""
-        return data.overview(limit, status)
+        return await anyio.to_thread.run_sync(data.overview, limit, status, limiter=polls)
 
     @router.get("/api/projects")
-    def projects() -> Projects:
+    async def projects() -> Projects:
         """The projects in Label Studio that this backend's model serves."""
-        return data.projects()
+        return await data.projects()
 
     @router.get("/api/map")
-    def slide_map() -> SlideMap:
+    async def slide_map() -> SlideMap:
         """The map of the slides that the current model has analysed."""
-        return SlideMap(**data.map.as_json())
+        return await data.slide_map()
 
     @router.get("/slides/{key}", response_class=RedirectResponse, status_code=307)
     def slide(
@@ -221,6 +243,12 @@ def overview_router(
     ) -> RedirectResponse:
         """To the panel of a bag's slide, under a signature made for it, and for the project whose heads are to speak there."""
         return RedirectResponse(f"{prefix_of(request)}/panel?slide={signer.token(data.slide_ref(key), project)}")
+
+    @router.get("/slides/{key}/similar", response_class=HTMLResponse)
+    def similar(key: str, project: Annotated[int, Query(ge=0, lt=MAX_PROJECT)]) -> HTMLResponse:
+        """The labelled slides of a project that are most like a bag's."""
+        page = neighbours.page(key, project, f"../../assets/{assets.version}")
+        return HTMLResponse(page, headers=page_headers(settings))
 
     @router.post("/api/jobs/{key}/retry")
     def retry(key: str, request: Request, origin: Annotated[str | None, Header()] = None) -> dict[str, Any]:

@@ -6,9 +6,7 @@ import io
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -16,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from backend.errors import MppUnknown, SlideUnreadable
 from backend.label_studio.services import Services
 from backend.results.bag import BagResult
+from backend.slides import names
 from backend.slides.levels import REGION_MAX_LEVEL_PX
 from backend.slides.reader import Slide
 from backend.slides.render import overlay
@@ -34,8 +33,7 @@ Extras = Callable[[int | None, str, BagResult | None], Mapping[str, Any]]
 confident first; empty for numbers; ``figures`` as of :class:`~backend.learning.figures.ClassFigures`, ``None`` where
 nothing was measured), ``notes`` (sentences on how often it is right),
 ``tolerance`` (of a number: the confidence is that of being so near), ``calibrated``, and ``labels``, how many it learnt from.
-``similar``: ``[{"name": str, "label": str, "similarity": float, "same_patient": bool, "panel": str, "picture": str}, …]``, the nearest first; ``panel`` and
-``picture`` are addresses, '' where there is none. ``learning``: lines that say what training needs. The page shows what is there and
+``similar_page``: where the labelled slides most like this one are listed, behind the password. ``learning``: lines that say what training needs. The page shows what is there and
 nothing in place of what is not.
 """
 
@@ -66,7 +64,7 @@ class ShownResults:
 
 def slide_name(ref: SlideRef) -> str:
     """The file name of a slide, for people."""
-    return PurePosixPath(urlsplit(ref.locations[0]).path).name or ref.locations[0]
+    return names.slide_name(ref.locations[0])
 
 
 def slide_json(ref: SlideRef, slide: Slide, services: Services) -> dict[str, Any]:

@@ -1,5 +1,4 @@
-"""What the panel says beside the slide: what trained heads suggest, which labelled slides are like it, what training
-still needs.
+"""What the panel says beside the slide: what trained heads suggest, where the labelled slides like it are listed, what training still needs.
 
 Computed from stored heads, the stored embedding and the snapshot of the last training; Label Studio is not asked. What
 cannot be read is said in a line, and the rest of the panel is shown all the same.
@@ -7,12 +6,8 @@ cannot be read is said in a line, and the rest of the panel is shown all the sam
 
 from __future__ import annotations
 
-import json
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,37 +16,20 @@ from backend.errors import BackendError
 from backend.label_studio.services import Services
 from backend.learning.figures import class_figures, suggestion_words
 from backend.learning.heads import Float32Array, Head, predict
-from backend.learning.snapshot import Neighbour, ProjectSnapshot
-from backend.results.bag import SLIDE_REF, BagResult
-from backend.slides.source import SlideRef
-from backend.web.signing import SlideSigner
+from backend.learning.snapshot import ProjectSnapshot
+from backend.results.bag import BagResult
 
 log = logging.getLogger(__name__)
-
-PICTURE_PX = 144
-_KEPT_PLACES = 4096
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where the slide of a stored bag lies, and its width and height in level-0 pixels."""
-
-    ref: SlideRef
-    size: tuple[int, int]
 
 
 class LearntExtras:
     """The :data:`~backend.web.panel_data.Extras` of every panel; threads may share one."""
 
-    def __init__(self, services: Services, signer: SlideSigner) -> None:
+    def __init__(self, services: Services) -> None:
         self._services = services
-        self._signer = signer
-        self._places: OrderedDict[str, _Place] = OrderedDict()
-        self._lock = threading.Lock()
 
     def __call__(self, project: int | None, key: str, result: BagResult | None) -> Mapping[str, Any]:
-        """``suggestion``, ``similar`` and ``learning``, as far as there are any; see
-        :data:`~backend.web.panel_data.Extras`."""
+        """``suggestion``, ``similar_page`` and ``learning``, as far as there are any; see :data:`~backend.web.panel_data.Extras`."""
         if result is None:
             return {}
         try:
@@ -82,9 +60,9 @@ class LearntExtras:
             said = [suggestion_json(head, result.slide_embedding) for head in slide_heads]
             if said:
                 found["suggestion"] = {"model_version": heads.version, "controls": said}
-        if snapshot is not None:
-            similar = snapshot.neighbours(key, result.slide_embedding)
-            found["similar"] = [self._neighbour(neighbour, project) for neighbour in similar]
+        # Who has the address of one slide is told nothing of others: which they are stands behind the password.
+        if snapshot is not None and snapshot.neighbours(key, result.slide_embedding, k=1):
+            found["similar_page"] = f"/slides/{key}/similar?project={project}"
         found["learning"] = self._needs(project, heads is None, snapshot)
         return {name: value for name, value in found.items() if value}
 
@@ -99,47 +77,6 @@ class LearntExtras:
         if headless and version != self._services.model.model_version:
             needs.insert(0, f"The heads {version} are not in use or cannot be read; the next training makes new ones.")
         return needs
-
-    def _neighbour(self, neighbour: Neighbour, project: int) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "name": neighbour.name,
-            "label": neighbour.label,
-            "similarity": round(neighbour.similarity, 4),
-            "same_patient": neighbour.same_patient,
-            "panel": "",
-            "picture": "",
-        }
-        place = self._place(neighbour.key)
-        if place is None or place.ref.kind == "patches":  # deleted since, or nothing that a panel could show
-            return found
-        token = self._signer.token(place.ref, project)
-        found["panel"] = f"/panel?slide={token}"
-        thumbnail = self._services.thumbnails.get(self._services.thumbnails.id_for(place.ref.identity))
-        if thumbnail is not None:
-            found["picture"] = f"/thumbnails/{thumbnail.id}.jpg"
-        elif place.ref.kind == "file":
-            # A slide that lies elsewhere would be downloaded whole for a picture of this size.
-            edge = max(place.size)
-            left, top = (place.size[0] - edge) // 2, (place.size[1] - edge) // 2
-            found["picture"] = f"/deepzoom/{token}/region.jpg?x={left}&y={top}&size={edge}&px={PICTURE_PX}"
-        return found
-
-    def _place(self, key: str) -> _Place | None:
-        with self._lock:
-            found = self._places.get(key)
-            if found is not None:
-                self._places.move_to_end(key)
-                return found
-        result = self._services.store.get(key, latents=False)
-        text = result.provenance.get(SLIDE_REF) if result is not None else None
-        if result is None or not isinstance(text, str):
-            return None
-        found = _Place(SlideRef.from_json(json.loads(text)), result.bag.slide_size)
-        with self._lock:
-            self._places[key] = found
-            while len(self._places) > _KEPT_PLACES:
-                self._places.popitem(last=False)
-        return found
 
 
 def suggestion_json(head: Head, embedding: Float32Array) -> dict[str, Any]:

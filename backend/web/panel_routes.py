@@ -18,7 +18,7 @@ from backend.slides.source import SlideRef
 from backend.slides.underway import DownloadUnderWay
 from backend.web.assets import PanelAssets, message_page, page_headers
 from backend.web.deepzoom import DeepZoom, Picture, Pyramid
-from backend.web.events import StatusHub, read_statuses
+from backend.web.events import StatusHub, for_project, read_statuses
 from backend.web.panel_data import (
     Extras,
     ShownResults,
@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Decoding is bound by the cores; more at once would only take the threads that other requests need.
 _READERS = 4
+# Panels that ask for their state wait for a slow store or Redis among themselves.
+_POLL_THREADS = 8
 # How long an answer is held back for a slide that is being downloaded. The page can say in words how far that is; a picture cannot.
 _PAGE_WAIT_S = 4.0
 _PICTURE_WAIT_S = 50.0
@@ -54,12 +56,13 @@ class Panel:
     def __init__(self, services: Services, extras: Extras | None = None) -> None:
         self.services = services
         self.signer = SlideSigner(services.settings.model_dir)
-        self.extras = LearntExtras(services, self.signer) if extras is None else extras
+        self.extras = LearntExtras(services) if extras is None else extras
         self.slides = SlideCache(services.settings, services.resolver)
         self.deepzoom = DeepZoom(self.slides)
         self.results = ShownResults(services)
         self.hub = StatusHub(services)
         self.readers = anyio.CapacityLimiter(_READERS)
+        self.polls = anyio.CapacityLimiter(_POLL_THREADS)
 
     async def read(self, look: Callable[..., Seen], *arguments: Any, wait_s: float = _PICTURE_WAIT_S) -> Seen:
         """``look(*arguments)`` in one of the reader threads, of which none is held by a slide that is still being downloaded.
@@ -122,7 +125,7 @@ class Panel:
         """All that the page shows beside the slide itself."""
         signed = self.signer.read(token)
         key = self.key(signed.ref)
-        status = read_statuses(self.services, [key])[key]
+        status = for_project(read_statuses(self.services, [key])[key], signed.project)
         result = self.results.get(key) if status["phase"] == "done" else None
         shown: dict[str, Any] = {
             "key": key,
@@ -157,9 +160,9 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
         return await panel.read(panel.slide, ref, wait_s=_PAGE_WAIT_S)
 
     @router.get("/panel/state")
-    def state(token: Token) -> dict[str, Any]:
+    async def state(token: Token) -> dict[str, Any]:
         """Where the slide's analysis stands, and what is known of its result."""
-        return panel.state(token)
+        return await anyio.to_thread.run_sync(panel.state, token, limiter=panel.polls)
 
     @router.get("/panel/events", response_class=StreamingResponse)
     async def events(token: Token) -> StreamingResponse:
@@ -167,7 +170,7 @@ def panel_router(panel: Panel, assets: PanelAssets) -> APIRouter:
         signed = panel.signer.read(token)
         key = await anyio.to_thread.run_sync(panel.key, signed.ref)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}  # nginx would hold the events back
-        return StreamingResponse(panel.hub.stream(key), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(panel.hub.stream(key, signed.project), media_type="text/event-stream", headers=headers)
 
     @router.get("/panel/weights")
     def weights(token: Token, if_none_match: Tag = None) -> Response:

@@ -82,9 +82,13 @@ class SlideSigner:
         """Address of a slide's panel below ``base_url``."""
         return f"{base_url}/panel?slide={self.token(ref, project)}"
 
-    def _sign(self, payload: str) -> bytes:
+    def load(self) -> None:
+        """Read the key, or make it; otherwise that happens when it is first needed."""
         if not self._key:
             self._key = kept_key(self._path)
+
+    def _sign(self, payload: str) -> bytes:
+        self.load()
         return hmac.new(self._key, _PURPOSE + payload.encode(), hashlib.sha256).digest()
 
 

@@ -17,7 +17,7 @@ from reliability_report import record
 from synthetic_bags import synthetic_result
 
 from backend.errors import ResultDamaged
-from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
+from backend.results.hdf5 import read_end, read_hdf5, write_hdf5
 from backend.results.seal import make_seal
 
 MUTANTS = 400
@@ -104,7 +104,7 @@ def test_a_result_that_leads_elsewhere_is_damaged(
     with pytest.raises(ResultDamaged) as caught:
         read_hdf5(file)
     assert "signing" not in str(caught.value)
-    assert not read_slide_embedding(file).any(), "it is read out of the seal"
+    assert not read_end(file).embedding.any(), "it is read out of the seal"
     record("results", "result files that lead elsewhere or unpack to gigabytes", tried=len(HOSTILE), typed_errors=len(HOSTILE), crashes=0)  # fmt: skip
 
 
@@ -132,11 +132,11 @@ READER = """
 import json, resource, sys, time
 from pathlib import Path
 from backend.errors import BackendError
-from backend.results.hdf5 import read_hdf5, read_slide_embedding
+from backend.results.hdf5 import read_end, read_hdf5
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 for path in sorted(Path(sys.argv[1]).iterdir()):
     said, began = [], time.monotonic()
-    for read in (read_hdf5, read_slide_embedding):
+    for read in (read_hdf5, read_end):
         try:
             read(path)
             said.append("good")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -38,53 +41,57 @@ def test_the_panel_says_what_each_head_says_of_the_slide_and_how_sure_it_is(lear
     assert 0 < grade["confidence"] < 1 and grade["tolerance"] > 0
 
 
-def test_the_nearest_labelled_slides_have_addresses_that_open(learnt: Learnt) -> None:
-    similar = learnt.panel(1, LEARNT)["similar"]
+def listed(learnt: Learnt, state: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the page says that the panel leads to: the text of each slide, and where its link leads ('' without one)."""
+    answer = learnt.client.get(state["similar_page"])
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    rows = re.findall(r"<li>(.*?)</li>", answer.text)
+    return [(re.sub("<[^>]*>", "", row).strip(), (re.findall(r'href="([^"]*)"', row) or [""])[0]) for row in rows]
+
+
+def test_the_nearest_labelled_slides_stand_on_a_page_of_their_own_with_addresses_that_open(learnt: Learnt) -> None:
+    state = learnt.panel(1, LEARNT)
+    similar = listed(learnt, state)
     assert len(similar) == 5
-    assert {slide["label"] for slide in similar} == {"No tumour"}, "all of the planted kind"
-    assert "case-01.tif" not in {slide["name"] for slide in similar}, "a slide is not its own neighbour"
-    assert [slide["similarity"] for slide in similar] == sorted((s["similarity"] for s in similar), reverse=True)
-    for slide in similar:
-        assert learnt.client.get(slide["panel"]).status_code == 200
-        state = learnt.client.get(slide["panel"].replace("/panel?", "/panel/state?")).json()
-        assert (state["name"], state["project"]) == (slide["name"], LEARNT)
-        picture = learnt.client.get(slide["picture"])
-        assert picture.status_code == 200 and picture.headers["content-type"] == "image/jpeg"
+    assert all("No tumour" in text for text, _ in similar), "all of the planted kind"
+    assert not any("case-01.tif" in text for text, _ in similar), "a slide is not its own neighbour"
+    near = [float(text.rsplit(" ", 1)[1]) for text, _ in similar]
+    assert near == sorted(near, reverse=True)
+    page = str(learnt.client.base_url.join(state["similar_page"]))
+    for text, link in similar:
+        leads = learnt.client.get(urljoin(page, link))
+        assert leads.status_code == 307
+        shown = learnt.client.get(leads.headers["location"].replace("/panel?", "/panel/state?")).json()
+        assert text.startswith(shown["name"]) and shown["project"] == LEARNT
+    pictures = re.findall(r'src="([^"]*)"', learnt.client.get(page).text)
+    assert len(pictures) == 5
+    for picture in pictures:
+        answer = learnt.client.get(urljoin(page, html.unescape(picture)))
+        assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
 
 
 def test_a_slide_with_a_thumbnail_is_shown_by_it_and_one_that_lost_its_result_by_its_name(learnt: Learnt) -> None:
-    services = learnt.services
-    first, second, *_ = learnt.panel(3, LEARNT)["similar"]
-    path, _ = next(slide for slide in learnt.slides if slide[0].name == first["name"])
-    ref = services.resolver.resolve(str(path))
     from backend.slides.reader import open_slide
+    from backend.web.neighbours import Neighbours
 
+    services, key = learnt.services, learnt.slides[3][1]
+    names = [text.split(":")[0] for text, _ in listed(learnt, learnt.panel(3, LEARNT))]
+    path = next(path for path, _ in learnt.slides if path.name == names[0])
+    ref = services.resolver.resolve(str(path))
     with open_slide(path, services.settings) as slide:
         services.thumbnails.make(ref.identity, slide)
-    shown = learnt.panel(3, LEARNT)["similar"][0]
-    assert shown["picture"].startswith("/thumbnails/")
-    assert learnt.client.get(shown["picture"]).status_code == 200
-
-    other = next(key for path, key in learnt.slides if path.name == second["name"])
+    other = next(key for path, key in learnt.slides if path.name == names[1])
     result = services.store.need(other)
     stored = Path(services.settings.results_location) / other[:2] / f"{other}.h5"
     stored.unlink()
     try:
-        fresh = fresh_similar(learnt, 3)
-        assert (fresh[1]["name"], fresh[1]["panel"], fresh[1]["picture"]) == (second["name"], "", "")
-        assert fresh[0]["panel"]
+        # As a backend says it that was just started, and remembers nothing.
+        page = Neighbours(services, SlideSigner(services.settings.model_dir)).page(key, LEARNT, "assets")
+        first, second, *_ = re.findall(r"<li>(.*?)</li>", page)
+        assert 'src="../../thumbnails/' in first and "href" in first
+        assert names[1] in second and "href" not in second and "src" not in second
     finally:
         services.store.put(other, result)
-
-
-def fresh_similar(learnt: Learnt, number: int) -> list[dict[str, Any]]:
-    """As a backend says it that was just started, and remembers nothing."""
-    from backend.web.panel_extras import LearntExtras
-
-    key = learnt.slides[number][1]
-    extras = LearntExtras(learnt.services, SlideSigner(learnt.services.settings.model_dir))
-    similar: list[dict[str, Any]] = extras(LEARNT, key, learnt.services.store.need(key))["similar"]
-    return similar
 
 
 def test_without_heads_the_panel_says_what_is_missing(learnt: Learnt) -> None:
@@ -92,13 +99,13 @@ def test_without_heads_the_panel_says_what_is_missing(learnt: Learnt) -> None:
     assert "suggestion" not in state
     assert state["learning"] == [learnt.few.message]
     assert "more labelled slides" in state["learning"][0]
-    assert len(state["similar"]) == 2, "two are labelled"
+    assert len(listed(learnt, state)) == 2, "two are labelled"
 
 
 def test_a_project_that_was_never_trained_has_a_plain_panel(learnt: Learnt) -> None:
     state = learnt.panel(25, 12345)
     assert state["result"] is not None
-    assert not {"suggestion", "similar", "learning"} & set(state)
+    assert not {"suggestion", "similar_page", "learning"} & set(state)
 
 
 def test_damaged_heads_leave_the_panel_whole_and_are_told(learnt: Learnt) -> None:
@@ -107,13 +114,13 @@ def test_damaged_heads_leave_the_panel_whole_and_are_told(learnt: Learnt) -> Non
     assert (
         "cannot be read" in state["learning"][0] and f"{learnt.services.model.model_version}-h1" in state["learning"][0]
     )
-    assert len(state["similar"]) == 5, "what is not damaged is shown"
+    assert len(listed(learnt, state)) == 5, "what is not damaged is shown"
     file = learnt.services.versions.snapshot_file(DAMAGED)
     kept = file.read_bytes()
     file.write_bytes(kept[: len(kept) // 2])
     try:
         state = learnt.panel(25, DAMAGED)
-        assert state["result"] is not None and "similar" not in state and state["learning"]
+        assert state["result"] is not None and "similar_page" not in state and state["learning"]
     finally:
         file.write_bytes(kept)
 

@@ -61,9 +61,7 @@ def keep(page: Page, name: str, *, full: bool = False) -> None:
 def pictures_are_there(page: Page) -> bool:
     """Whether every neighbour's picture has arrived."""
     return bool(
-        page.evaluate(
-            "() => [...document.querySelectorAll('#neighbours img')].every(i => i.complete && i.naturalWidth > 0)"
-        )
+        page.evaluate("() => [...document.querySelectorAll('li img')].every(i => i.complete && i.naturalWidth > 0)")
     )
 
 
@@ -77,11 +75,7 @@ def test_the_panel_shows_the_suggestion_and_the_slides_that_are_alike(learnt: Le
     expect(suggested).to_contain_text("Research use only")
     expect(suggested).to_contain_text(learnt.version)
     expect(suggested).to_contain_text("not calibrated yet")
-    expect(page.locator("#neighbours li")).to_have_count(5)
-    expect(page.locator("#neighbours li").first).to_contain_text("No tumour")
     expect(page.locator("#learning")).to_be_hidden()
-    page.wait_for_load_state("networkidle")
-    assert pictures_are_there(page)
     stage, beside = page.locator("#stage").bounding_box(), page.locator("#learnt").bounding_box()
     assert stage is not None and beside is not None
     assert stage["width"] > 900 and beside["x"] >= stage["x"] + stage["width"], "beside the slide, not upon it"
@@ -89,9 +83,14 @@ def test_the_panel_shows_the_suggestion_and_the_slides_that_are_alike(learnt: Le
     page.emulate_media(color_scheme="dark")
     keep(page, "learnt-panel-dark")
     with page.expect_popup() as popup:
-        page.locator("#neighbours a").first.click()
-    expect(popup.value.locator("#phase")).to_have_text("analysed", timeout=60_000)
-    expect(popup.value.locator("#neighbours li")).to_have_count(5)
+        page.locator("#similar-link").click()
+    similar = popup.value
+    expect(similar.locator("li")).to_have_count(5)
+    expect(similar.locator("li").first).to_contain_text("No tumour")
+    similar.wait_for_load_state("networkidle")
+    assert pictures_are_there(similar)
+    similar.locator("li a").first.click()
+    expect(similar.locator("#phase")).to_have_text("analysed", timeout=60_000)
 
 
 def test_at_320_pixels_what_was_learnt_is_below_the_slide(learnt: Learnt, page: Page) -> None:
@@ -108,7 +107,7 @@ def test_at_320_pixels_what_was_learnt_is_below_the_slide(learnt: Learnt, page: 
 def test_without_heads_a_quiet_line_says_why(project: int, learnt: Learnt, page: Page) -> None:
     panel(learnt, page, 25, project)
     expect(page.locator("#suggested")).to_be_hidden()
-    expect(page.locator("#neighbours li").first).to_be_visible()
+    expect(page.locator("#similar-link")).to_be_visible()
     words = learnt.few.message if project == UNTAUGHT else "cannot be read"
     expect(page.locator("#learning")).to_contain_text(words)
     keep(page, f"learnt-panel-without-heads-{project}")

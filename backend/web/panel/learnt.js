@@ -1,4 +1,4 @@
-// What heads say of the slide, and which labelled slides are like it; where nothing was learnt, what is missing.
+// What heads say of the slide, and where labelled slides like it are listed; where nothing was learnt, what is missing.
 import { below } from "./addresses.js";
 import { element } from "./dom.js";
 import { number, sure } from "./words.js";
@@ -6,15 +6,15 @@ import { number, sure } from "./words.js";
 const MOST_CHOICES = 5;
 const $ = (id) => document.getElementById(id);
 
-/** Shows the members `suggestion`, `similar` and `learning` of /panel/state; what is not there is hidden. */
-export function showLearnt({ suggestion, similar, learning }) {
+/** Shows the members `suggestion`, `similar_page` and `learning` of /panel/state; what is not there is hidden. */
+export function showLearnt({ suggestion, similar_page: similar, learning }) {
   const controls = suggestion?.controls ?? [];
   $("suggested").hidden = !controls.length;
   $("suggestions").replaceChildren(...controls.map((said) => group(said, controls.length > 1)));
   $("suggested-by").textContent = controls.length ? `Research use only · ${suggestion.model_version}` : "";
-  $("similar").hidden = !similar?.length;
-  $("neighbours").replaceChildren(...(similar ?? []).map(neighbour));
-  $("learnt").hidden = !controls.length && !similar?.length;
+  $("similar").hidden = !similar;
+  if (similar) $("similar-link").href = below(similar);
+  $("learnt").hidden = !controls.length && !similar;
   $("learning").hidden = !learning?.length;
   $("learning").textContent = (learning ?? []).join(" ");
 }
@@ -60,19 +60,4 @@ function value({ kind, value: said, confidence, tolerance }) {
     element("span", { class: "sure", text: sure(confidence) }),
     element("meter", { min: 0, max: 1, value: confidence, "aria-label": `Confidence that it is ${near}` }),
     element("span", { class: "quiet small", text: near })));
-}
-
-function neighbour({ name, label, similarity, same_patient: same, panel, picture }) {
-  const image = element("img", { src: picture ? below(picture) : null, alt: "", width: 56, height: 56, loading: "lazy" });
-  // A slide that cannot be read (any more) is still worth naming.
-  image.addEventListener("error", () => image.removeAttribute("src"));
-  const alike = `similarity ${similarity.toFixed(2)}${same ? ", same patient" : ""}`;
-  const about = element("span", { class: "about" },
-    element("span", { class: "label", text: label }),
-    element("span", { class: "name", text: name }),
-    element("span", { class: "quiet", text: alike }));
-  const title = `${name}: ${label}, ${alike}`;
-  const link = panel ? element("a", { href: below(panel), target: "_blank", title: `${title}. Open it in a new tab` }) : element("span", { class: "unlinked", title });
-  link.append(image, about);
-  return element("li", {}, link);
 }

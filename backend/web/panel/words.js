@@ -51,6 +51,7 @@ export function progress(status) {
     return ["Not analysed yet.", "Open its task in Label Studio, or choose “Retrieve Predictions” there: that submits the slide."];
   }
   if (status.phase === "queued" && job) {
+    if (job.error?.code === "model_mismatch") return ["Waiting for a worker that fits.", job.error.message];
     const place = job.position ? `Place ${number(job.position)} in the queue “${job.queue}”.` : "It is tried again in a moment.";
     return ["Waiting for a worker.", job.error ? `${place} The last try failed: ${job.error.message}` : place];
   }
