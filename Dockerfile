@@ -16,10 +16,16 @@ ENV PYTHONUNBUFFERED=1 \
 RUN useradd --create-home --uid 1000 wsc && install -d -o wsc -g wsc /data /slides
 
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+# What is installed (torch and all) depends on this one file: an edit of the code does not install it again.
+COPY pyproject.toml ./
+RUN mkdir backend && touch backend/__init__.py README.md LICENSE \
+    && pip install . \
+    && pip uninstall --yes wsc-label-studio-backend \
+    && rm -r backend README.md LICENSE
+COPY README.md LICENSE ./
 COPY backend ./backend
 COPY --from=panel /panel/node_modules/openseadragon/build/openseadragon/openseadragon.min.js /panel/node_modules/openseadragon/LICENSE.txt ./backend/web/panel/vendor/
-RUN pip install .
+RUN pip install --no-deps .
 
 USER wsc
 WORKDIR /data
