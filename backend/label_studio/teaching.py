@@ -295,7 +295,7 @@ class Teacher:
         return dict(found)
 
     def labelled_tiles(
-        self, entries: Sequence[tuple[Slide, TileLabels]], groups: Sequence[int]
+        self, entries: Sequence[tuple[Slide, TileLabels]], groups: Sequence[int | None] | None = None
     ) -> Iterator[LabelledTiles]:
         """The latents of labelled tiles, slide by slide: one slide's are in memory at a time. ``groups`` has the number
         of each slide's patient.
@@ -306,7 +306,7 @@ class Teacher:
             A result has gone since the lesson was read: what is left is not what the lesson's digest says, so the
             lesson is to be read anew.
         """
-        for (slide, entry), group in zip(entries, groups, strict=True):
+        for (slide, entry), group in zip(entries, groups or [None] * len(entries), strict=True):
             result = self._services.store.get(slide.key)
             if result is None:
                 raise ResultDamaged(f"The stored result of {slide.name} is damaged, or has just been deleted.")
