@@ -19,6 +19,7 @@ import tifffile
 
 from backend.errors import ChannelsUnsupported, SlideError
 from backend.results.bag import Int64Array, UInt8Array
+from backend.slides.level_fit import possible_fits
 from backend.slides.mpp import Scale
 from backend.slides.ome import OmeImage, is_ome, read_ome
 from backend.slides.scale import tiff_scale
@@ -57,7 +58,6 @@ CODEC_NAMES = {
 }
 MINISWHITE, MINISBLACK, RGB = 0, 1, 2
 _MAX_PAGES = 200
-_MAX_ANISOTROPY = 0.05
 _IMAGEJ_COUNT = re.compile(r"^(channels|slices|frames)=(\d{1,9})\s*$", re.MULTILINE)
 _QPI_NAME = re.compile(r"<Name>([^<]{1,80})</Name>")
 
@@ -371,10 +371,12 @@ def _colour_map(page: tifffile.TiffPage) -> UInt8Array | None:
 
 
 def _fits(levels: Sequence[TiffLevel], level: TiffLevel) -> bool:
-    """Whether a page can be the next level: smaller, of the same shape, and of the same kind of pixels."""
+    """Whether a page can be the next level: smaller, of a shape that may be the slide's, and of the same kind of pixels.
+
+    Whether it is true, its pixels will tell (:mod:`backend.slides.level_check`).
+    """
     (width, height), (w, h) = levels[0].size, level.size
-    same_shape = abs(width / w - height / h) <= _MAX_ANISOTROPY * min(width / w, height / h) + max(
-        width / w, height / h
-    ) / min(w, h)
+    tiles = [of.tile_size if of.tiled else None for of in (levels[0], level)]
+    same_shape = bool(possible_fits(levels[0].size, level.size, (width / w + height / h) / 2, *tiles))
     same_kind = (level.samples, level.dtype) == (levels[0].samples, levels[0].dtype)
     return w < levels[-1].size[0] and same_shape and same_kind

@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 from backend.settings import Settings
 from backend.slides.direct_reader import DirectSlide
 from backend.slides.openslide_reader import OpenSlideSlide
+from backend.slides.reader import Slide, open_slide
 from backend.slides.tiling import make_bag
 
 Case = Callable[[Maker], Path]
@@ -32,7 +33,7 @@ def images(rgb: Picture, *factors: int) -> list[Image.Image]:
     return [Image.fromarray(level) for level in levels(rgb, *factors)]
 
 
-def shown_wrong(slide: OpenSlideSlide, truth: Picture) -> float:
+def shown_wrong(slide: Slide, truth: Picture) -> float:
     """Of some regions at downsamples 2 to 16 the worst mean difference from level 0, in grey values."""
     differences = []
     height, width = truth.shape[:2]
@@ -220,6 +221,20 @@ def test_a_false_level_is_not_used_and_said(
             note for note in slide.notes if note.startswith("Level 2 (278 x 370 pixels) is not used") and words in note
         ]
         assert len(slide.notes) == 1, "the others are believed"
+
+
+def test_levels_that_tifffile_reads_are_judged_too(small: Picture, tmp_path: Path, anywhere: Settings) -> None:
+    """WebP, which OpenSlide does not read: one level is mirrored, one filled up."""
+    made = levels(small, 1, 2, 4)
+    h, w = made[2].shape[:2]
+    parts = [made[0], made[1][:, ::-1], np.pad(made[2], ((0, -h % 256), (0, -w % 256), (0, 0)), constant_values=255)]
+    kind = {"compression": "webp", "compressionargs": {"level": 80, "lossless": False}}
+    path = write_tiff(tmp_path / "webp.tif", [np.ascontiguousarray(part) for part in parts], **kind)
+    with open_slide(path, anywhere) as slide:
+        assert slide.reader.startswith("tifffile")
+        assert slide.level_downsamples == (1, 2, 4)
+        assert shown_wrong(slide, small) < 6
+        assert sorted(note.split("(")[0][:12] for note in slide.notes) == ["Level 1 ", "Level 2 has "]
 
 
 @both
