@@ -74,10 +74,10 @@ def away(project: Project, *tasks: int) -> None:
     resolve = project.services.resolver.resolve
     silent = {project.studio.tasks[task]["image"] for task in tasks}
 
-    def asked(value: str, *, mpp: float | None = None) -> SlideRef:
+    def asked(value: str, **more: Any) -> SlideRef:
         if value in silent:
             raise DownloadFailed(f"{value} did not answer in time.")
-        return resolve(value, mpp=mpp)
+        return resolve(value, **more)
 
     project.services.resolver.resolve = asked  # type: ignore[method-assign, assignment]
 

@@ -3,6 +3,7 @@ archive."""
 
 from __future__ import annotations
 
+import csv
 import json
 import logging
 import struct
@@ -191,6 +192,11 @@ def dicom_of(patient: str) -> bytes:
     return bytes(128) + b"DICM" + meta + element(0x0010, 0x0020, b"LO", patient.encode())
 
 
+def exported_patients(path: Path) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row["patient"] for row in csv.DictReader(file)]
+
+
 def test_the_file_says_whose_slide_it_is_only_where_a_setting_asks_and_nobody_reads_the_name_elsewhere(
     settings: Callable[..., Settings],
     embedded_redis: EmbeddedRedis,
@@ -214,8 +220,8 @@ def test_the_file_says_whose_slide_it_is_only_where_a_setting_asks_and_nobody_re
         assert project.head().metrics["patients"] == {"slides": 36, "unknown": 0, "patients": 12}
         out = tmp_path / "asked.csv"
         export_project(project.services, "7", out)
-        column = [line.split(",")[3] for line in out.read_text().splitlines()]
-        assert column[0] == "patient" and len(set(column[1:])) == 12 and column[1] == column[2]
+        column = exported_patients(out)
+        assert len(set(column)) == 12 and "" not in column and column[0] == column[1] == column[2]
         kept = everything_kept(project.services.settings.model_dir) | {"export": out.read_bytes()}
         assert [name for name, contents in kept.items() if b"Doe" in contents] == []
     with patient_project(settings, embedded_redis, tmp_path / "not") as project:
@@ -227,8 +233,7 @@ def test_the_file_says_whose_slide_it_is_only_where_a_setting_asks_and_nobody_re
 def test_the_tasks_own_field_is_exported_as_it_is(project: PatientProject, tmp_path: Path) -> None:
     add_patients(project, name=lambda patient: f"Case {patient}" if patient else None, patients=2, each=2)
     export_project(project.services, "7", tmp_path / "out.csv")
-    rows = [line.split(",")[3] for line in (tmp_path / "out.csv").read_text().splitlines()]
-    assert rows == ["patient", "", "", "Case 1", "Case 1"]
+    assert exported_patients(tmp_path / "out.csv") == ["", "", "Case 1", "Case 1"]
 
 
 # --- one slide in two tasks -----------------------------------------------------------------------------------------
@@ -350,13 +355,15 @@ def test_stated_frequencies_decide_the_confidence_and_training_follows_them(proj
 
 
 @pytest.mark.parametrize("stated", ['"0"', '"1"', '"5 %"', '"nan"', '"0.6" other="0.7"'])
-def test_frequencies_that_cannot_be_are_refused_by_name(stated: str) -> None:
+def test_frequencies_that_cannot_be_leave_the_control_unused_and_say_why(stated: str) -> None:
     first, _, second = stated.partition(" other=")
     more = f" model_prior={second}" if second else ""
     xml = f"""<View><Image name="image" value="$image"/><Choices name="diagnosis" toName="image">
-      <Choice value="Tumour" model_prior={first}/><Choice value="No tumour"{more}/></Choices></View>"""
-    with pytest.raises(LabelConfigUnsupported, match=r"model_prior.*diagnosis"):
-        parse_config(xml)
+      <Choice value="Tumour" model_prior={first}/><Choice value="No tumour"{more}/></Choices>"""
+    (unused,) = parse_config(f'{xml}<Rating name="quality" toName="image"/></View>').unused
+    assert unused.name == "diagnosis" and "model_prior" in unused.reason
+    with pytest.raises(LabelConfigUnsupported, match="model_prior"):
+        parse_config(f"{xml}</View>")
 
 
 def test_label_studio_takes_a_config_with_stated_frequencies() -> None:
