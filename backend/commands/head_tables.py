@@ -11,6 +11,7 @@ from rich.table import Table
 
 from backend.commands.heads import StoredVersions
 from backend.commands.train import Trained
+from backend.label_studio.trainer import NOT_CONNECTED
 from backend.learning.figures import class_figures, interval, patients_words, percent
 
 _MEASURED = ("balanced accuracy", "AUROC", "calibration error")
@@ -119,6 +120,8 @@ def training_lines(trained: Trained) -> Iterator[str | Table]:
         yield f"Not used: {escape(control)}"
     if trained.issues:
         yield issues_table(trained.issues)
+    if not report.connected:
+        yield f"{NOT_CONNECTED[0].upper()}{NOT_CONNECTED[1:]}: connect it in Settings → Model, then train again."
     slides = report.slides + report.unanalysed
     yield (
         f"{report.labelled} of {slides} slides annotated; {report.unanalysed} without a result; "

@@ -55,6 +55,10 @@ TRAIN_AGAIN = "wsc:train:again"
 """Set of the projects for which training was asked while one ran."""
 
 
+DISCONNECTED = "wsc:train:disconnected"
+"""Set of the projects that were found not to be connected to this backend."""
+
+
 TRAINED = "wsc:trained"
 """Hash: how many trainings of each project were started."""
 

@@ -133,6 +133,17 @@ class TrainingQueue:
         """Whether somebody asked for another training since this one started."""
         return bool(self.redis.sismember(scripts.TRAIN_AGAIN, project))
 
+    @answers_or_unavailable
+    def note_connection(self, project: int, connected: bool) -> bool:
+        """Write down whether a project is connected to this backend; whether that is news."""
+        note = self.redis.srem if connected else self.redis.sadd
+        return bool(note(scripts.DISCONNECTED, project))
+
+    @answers_or_unavailable
+    def is_disconnected(self, project: int) -> bool:
+        """Whether a project was found not to be connected, and has not asked for anything since."""
+        return bool(self.redis.sismember(scripts.DISCONNECTED, project))
+
     def state(self, project: int) -> JobState | None:
         """Where a project's training stands; ``None`` if none is listed."""
         return self._queue.state(training_id(project))

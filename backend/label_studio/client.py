@@ -273,9 +273,13 @@ class LabelStudioClient:
             log.info("project %d: model version set to %s", project, version)
             self._call(lambda: self.sdk.projects.update(id=project, model_version=version))
 
-    def follow_version(self, project: int, url: str, version: str) -> None:
-        """Give the project's connection to this backend, and the project itself, the name of ``version``."""
-        for backend in self._connections(project, url):
+    def follow_version(self, project: int, url: str, version: str) -> bool:
+        """Give the project's connection to this backend, and the project itself, the name of ``version``.
+
+        Whether it is connected; Label Studio refuses a version that no connection has.
+        """
+        connections = self._connections(project, url)
+        for backend in connections:
             if backend.title != version:
                 # Label Studio asks /health and /setup now; the title, the answer of /setup and the predictions agree from here on.
                 self._call(
@@ -283,7 +287,9 @@ class LabelStudioClient:
                         id=backend.id, title=version, url=backend.url, project=project, **self._basic_auth()
                     )
                 )
-        self.settle_model_version(project, version)
+        if connections:
+            self.settle_model_version(project, version)
+        return bool(connections)
 
     def connected_urls(self, project: int, url: str) -> list[str]:
         """The addresses under which a project is connected to this backend, see :meth:`follow_version`; without a final slash."""

@@ -26,7 +26,10 @@ def take_event(services: Services, action: str, project: int, event: Mapping[str
     """
     training = services.training
     if action == START_TRAINING:
+        training.note_connection(project, True)  # Label Studio sends it to connected backends alone
         return training.train_now(project)
+    if training.is_disconnected(project):
+        return "nothing to do"  # its webhook stays when a project disconnects us; said when that was found out
     if action in _ANNOTATION_EVENTS:
         many = (event or {}).get("annotations")
         return training.note_annotations(project, len(many) if isinstance(many, list) and many else 1)

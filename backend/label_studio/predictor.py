@@ -133,11 +133,12 @@ class Predictor:
         return slots
 
     def _note_config(self, project: int, label_config: str) -> None:
-        """Have the heads trained anew if controls or labels have changed.
+        """The project is connected, as it asks. Have its heads trained anew if controls or labels have changed.
 
         Label Studio's own event of a change carries no secret of ours where the project was connected in its settings,
         and is refused; the config that comes with a question is the one that counts.
         """
+        self._services.training.note_connection(project, True)
         if self._configs.get(project) == label_config:
             return
         if self._services.training.config_changed(project, label_config):

@@ -36,6 +36,7 @@ from backend.settings import Settings
 log = logging.getLogger(__name__)
 
 _ISSUES_KEPT = 200
+NOT_CONNECTED = "the project is not connected to this backend, so nothing was sent to Label Studio"
 RANK_FIELDS = ("priority", "novelty", "confidence")
 
 
@@ -59,6 +60,8 @@ class TrainingReport:
         Slides with an embedding, tasks without, and annotated tasks.
     pushed, ranked
         Tasks whose prediction was queued for a push, and tasks whose rank was written.
+    connected
+        Whether the project is connected to this backend; if not, nothing was pushed and no rank written.
     """
 
     project: int
@@ -73,6 +76,7 @@ class TrainingReport:
     labelled: int = 0
     pushed: int = 0
     ranked: int = 0
+    connected: bool = True
 
     @property
     def message(self) -> str:
@@ -84,6 +88,7 @@ class TrainingReport:
         parts.append(f"{self.labelled} of {self.slides + self.unanalysed} slides labelled")
         parts.append(f"{len(self.issues)} annotations or answers not used" if self.issues else "")
         parts += [f"not used: {control}" for control in self.unused]
+        parts.append("" if self.connected else NOT_CONNECTED)
         return "; ".join(part for part in parts if part)
 
     def as_dict(self) -> dict[str, Any]:
@@ -196,15 +201,20 @@ def _settle(
     write_snapshot(snapshot, services.versions.snapshot_file(project))
     version = str(snapshot.about["version"])
     progress("version", 0, 0)
-    services.client.follow_version(project, services.settings.browser_url, version)
+    connected = services.client.follow_version(project, services.settings.browser_url, version)
+    if services.training.note_connection(project, connected) and not connected:
+        log.warning("project=%d is not connected to this backend: its events start no training any more", project)
     # One that died before its last push has left slides behind, perhaps even before its snapshot: heads in use may be
     # newer than that.
     settled = old is not None and old.about.get("settled") and old.about["version"] == before == version
-    pushed = _push(services, project, lesson, snapshot, old if settled else None, version, progress)
-    write_snapshot(
-        replace(snapshot, about={**snapshot.about, "settled": True}), services.versions.snapshot_file(project)
-    )
-    ranked = _rank(services, project, lesson, snapshot, progress) if services.settings.rank_tasks else 0
+    pushed = ranked = 0
+    if connected:
+        pushed = _push(services, project, lesson, snapshot, old if settled else None, version, progress)
+        write_snapshot(
+            replace(snapshot, about={**snapshot.about, "settled": True}), services.versions.snapshot_file(project)
+        )
+        if services.settings.rank_tasks:
+            ranked = _rank(services, project, lesson, snapshot, progress)
     report = TrainingReport(
         project=project,
         version=version,
@@ -218,6 +228,7 @@ def _settle(
         labelled=len(lesson.annotated),
         pushed=pushed,
         ranked=ranked,
+        connected=connected,
     )
     for issue in lesson.issues:
         log.info(

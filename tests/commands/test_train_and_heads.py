@@ -17,6 +17,8 @@ from backend.commands.head_tables import training_lines
 from backend.commands.heads import stored_versions, use_version
 from backend.commands.train import train_project
 from backend.errors import HeadNotFound, LabelStudioUnreachable, ProjectNotFound, TrainingFailed, TrainingRuns
+from backend.label_studio.events import take_event
+from backend.label_studio.predictor import Predictor
 from backend.label_studio.trainer import train
 
 
@@ -75,6 +77,33 @@ def test_a_project_that_is_not_connected_is_told(project: Project) -> None:
     said: list[str] = []
     train_project(project.services, "7", say=said.append)
     assert "not connected" in said[0] and project.studio.webhooks == []
+
+
+def test_a_project_that_is_not_connected_learns_and_nothing_is_sent_to_label_studio(project: Project) -> None:
+    project.studio.connection |= {"url": "http://others", "title": "another backend"}
+    project.label(*range(6))
+    before = json.dumps([project.studio.project, project.studio.tasks])
+    told = [str(line) for line in training_lines(train_project(project.services, "7"))]
+    assert any(line.startswith("The project is not connected to this backend") for line in told)
+    assert project.services.versions.version(7).endswith("-h1")
+    assert json.dumps([project.studio.project, project.studio.tasks]) == before and project.pushes() == 0
+    project.studio.connection |= {"url": "http://ours:1", "title": project.services.model.model_version}
+    assert train(project.services, 7, nothing).pushed == SLIDES
+
+
+def test_events_of_a_project_that_has_disconnected_us_do_nothing_until_it_is_connected_again(
+    project: Project, caplog: pytest.LogCaptureFixture
+) -> None:
+    services, created = project.services, {"project": {"id": 7}}
+    project.studio.connection |= {"url": "http://others", "title": "another backend"}
+    assert take_event(services, "ANNOTATION_CREATED", 7, created) == "scheduled"
+    for _ in range(2):
+        training(project)
+    assert caplog.text.count("is not connected to this backend") == 1
+    for action in ("ANNOTATION_CREATED", "TASKS_DELETED", "PROJECT_UPDATED"):
+        assert take_event(services, action, 7, created) == "nothing to do"
+    Predictor(services).predict([], project=7, label_config=str(project.studio.project["label_config"]))
+    assert take_event(services, "ANNOTATION_CREATED", 7, created) in ("scheduled", "again", "queued")
 
 
 def test_without_annotations_nothing_is_trained_and_that_is_no_error(project: Project) -> None:
@@ -214,9 +243,9 @@ def test_a_training_that_died_before_its_pushes_makes_them_when_it_runs_again(pr
     project.label(0, 1, 2, 3)
     follow = project.services.client.follow_version
 
-    def away(*arguments: Any) -> None:
+    def away(*arguments: Any) -> bool:
         project.studio.down = True
-        follow(*arguments)
+        return follow(*arguments)
 
     project.services.client.follow_version = away  # type: ignore[method-assign]
     with pytest.raises(LabelStudioUnreachable):

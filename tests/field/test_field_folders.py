@@ -29,7 +29,7 @@ from backend.commands.predict import Outcome, predict_files
 from backend.errors import OutputUnusable, SlideNotFound, SlideUnreadable
 from backend.inference.engine import Engine, load_engine
 from backend.inference.key import bag_key
-from backend.results.hdf5 import read_hdf5, read_slide_embedding, write_hdf5
+from backend.results.hdf5 import read_end, read_hdf5, write_hdf5
 from backend.results.store import ResultStore
 from backend.settings import Settings
 from backend.slides.discover import Found, Why, find_slides
@@ -431,7 +431,7 @@ def test_what_the_store_has_is_taken_from_there(
     )  # not used: the slide states its own
     assert second.origin == "store" and second.folder is not None
     assert np.array_equal(
-        read_slide_embedding(first.folder / "result.h5"), read_slide_embedding(second.folder / "result.h5")
+        read_end(first.folder / "result.h5").embedding, read_end(second.folder / "result.h5").embedding
     )
 
 
