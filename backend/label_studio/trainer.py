@@ -24,8 +24,8 @@ from backend.label_studio.fitting import fit_target
 from backend.label_studio.labeling_config import LabelingConfig, parse_config
 from backend.label_studio.learnt import slide_heads
 from backend.label_studio.publisher import services_of
+from backend.label_studio.ranking import write_ranks
 from backend.label_studio.services import Services
-from backend.label_studio.task_fields import TaskFields
 from backend.label_studio.teaching import Lesson, Progress, Teacher
 from backend.learning.acquisition import choice_like, labelling_order
 from backend.learning.heads import Float64Array, Head, predict
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 _ISSUES_KEPT = 200
 NOT_CONNECTED = "the project is not connected to this backend, so nothing was sent to Label Studio"
-RANK_FIELDS = ("priority", "novelty", "confidence")
 
 
 @dataclass(frozen=True)
@@ -214,7 +213,7 @@ def _settle(
             replace(snapshot, about={**snapshot.about, "settled": True}), services.versions.snapshot_file(project)
         )
         if services.settings.rank_tasks:
-            ranked = _rank(services, project, lesson, snapshot, progress)
+            ranked = write_ranks(services, project, lesson, snapshot, progress)
     report = TrainingReport(
         project=project,
         version=version,
@@ -385,31 +384,3 @@ def _push(
         services.queue.enqueue_publish(key)
         progress("push", done, len(waiting))
     return len(waiting)
-
-
-def _rank(services: Services, project: int, lesson: Lesson, snapshot: ProjectSnapshot, progress: Progress) -> int:
-    """Write ranks into the tasks' data, the most urgent first; stops where a newer training waits, which does it
-    anyway."""
-    rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
-    written, fields = 0, TaskFields(services.client, project)
-    for done, row in enumerate(rows.tolist(), start=1):
-        slide = lesson.slides[row]
-        sure = float(snapshot.confidence[row])
-        wanted = {
-            "priority": int(snapshot.priority[row]) or None,  # labelled: no rank, which the Data Manager sorts last
-            "novelty": round(float(snapshot.novelty[row]), 3),
-            "confidence": None if np.isnan(sure) else round(sure, 3),
-        }
-        changed = {name: value for name, value in wanted.items() if slide.data.get(name) != value}
-        if not changed:
-            continue
-        if done % 20 == 0 and services.training.again(project):
-            log.info("project=%d: %d ranks left to the training that waits", project, len(rows) - done)
-            break
-        try:
-            fields.set(slide.task, changed)
-            written += 1
-        except TaskGone:
-            log.info("project=%d task=%d was deleted meanwhile", project, slide.task)
-        progress("rank", done, len(rows))
-    return written
