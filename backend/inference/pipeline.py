@@ -99,8 +99,7 @@ def analyse_file(
     progress("open", 0, 0)
     with open_slide(path, settings) as slide:
         progress("tissue", 0, 0)
-        mask = None if tissue_file is None else Path(tissue_file)
-        bag = make_bag(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override, tissue_file=mask)
+        bag = make_bag(slide, settings, task_mpp=task_mpp, mpp_override=mpp_override, tissue_file=tissue_file)
         progress("encode", 0, len(bag))
         tiles = read_tiles(slide, bag, chunk=engine.batch_tiles, threads=settings.read_threads)
         try:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from backend.errors import MppUnknown, NoTissue, SettingsError, SlideTooCoarse, SlideTooSmall, TaskFieldMissing
+from backend.paths import StrPath
 from backend.results.bag import Bag, MppSource
 from backend.results.tissue_record import INK, TissueRecord
 from backend.settings import Settings
@@ -93,7 +94,7 @@ def make_bag(
     *,
     task_mpp: float | None,
     mpp_override: bool = False,
-    tissue_file: Path | None = None,
+    tissue_file: StrPath | None = None,
 ) -> Bag:
     """Choose the tiles of a slide, row by row. ``tissue_file``: a mask that is used in place of what would be found.
 
@@ -134,7 +135,7 @@ def make_bag(
 
 
 def locate_tissue(
-    slide: Slide, settings: Settings, mpp: float, tissue_file: Path | None = None
+    slide: Slide, settings: Settings, mpp: float, tissue_file: StrPath | None = None
 ) -> tuple[TissueMap, TissueRecord, tuple[str, ...]]:
     """Where the tissue of a slide is, the record of it that is kept, and what is to be said of it.
 
@@ -168,7 +169,7 @@ def locate_tissue(
         shape = max(1, round(slide.size[1] / scale)), max(1, round(slide.size[0] / scale))
         given = read_tissue_file(tissue_file, slide.size, shape, slide.bounds)
         found = TissueMap(given.mask.astype(np.uint8))
-        source, notes = tissue_file.name, (given.note,)
+        source, notes = Path(tissue_file).name, (given.note,)
     record = TissueRecord.of_labels(found.labels, source, found.tissue_share, found.ink_share)
     return found, record, notes
 

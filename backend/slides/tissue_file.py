@@ -65,7 +65,7 @@ def tissue_file_beside(slide: StrPath) -> Path | None:
 
 
 def read_tissue_file(
-    path: Path, slide_size: tuple[int, int], shape: tuple[int, int], bounds: tuple[int, int, int, int] | None = None
+    path: StrPath, slide_size: tuple[int, int], shape: tuple[int, int], bounds: tuple[int, int, int, int] | None = None
 ) -> GivenTissue:
     """The mask in a file.
 
@@ -83,6 +83,7 @@ def read_tissue_file(
     TissueMaskInvalid
         It cannot be read, is too large, holds no tissue, or was not made for a slide of this size.
     """
+    path = Path(path)
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
