@@ -13,8 +13,14 @@ from typing import Any, Literal
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
+    ClusterCrossSlotError,
+    ClusterDownError,
     InvalidResponse,
+    MasterDownError,
+    MovedError,
     NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
 )
@@ -30,7 +36,8 @@ NEARLY_FULL = 0.9
 
 Verdict = Literal["problem", "warning"]
 
-# By what a Redis refuses with (the first word of its answer): what that means, and who can end it.
+# By what a Redis refuses with (the first word of its answer): what that means, and who can end it. Its client takes some of these words off, and makes
+# a class of its own of each.
 _REFUSALS = {
     "MISCONF": ("it cannot write to its disk and so takes nothing", "Make room on its disk; see its log."),
     "OOM": ("its memory is full", "Raise its maxmemory, or remove what else it holds."),
@@ -42,6 +49,16 @@ _REFUSALS = {
     "CROSSSLOT": ("it is a cluster", "Set REDIS_URL to a single Redis: a cluster cannot be used."),
     "BUSY": ("a script holds it up", "Wait, or end the script with SCRIPT KILL."),
 }
+
+
+_CLASSES: tuple[tuple[type[Exception], str], ...] = (
+    (OutOfMemoryError, "OOM"),
+    (ReadOnlyError, "READONLY"),
+    (MasterDownError, "MASTERDOWN"),
+    (ClusterDownError, "CLUSTERDOWN"),
+    (MovedError, "MOVED"),
+    (ClusterCrossSlotError, "CROSSSLOT"),
+)
 
 
 @dataclass(frozen=True)
@@ -75,9 +92,12 @@ def redis_reason(error: BaseException) -> Reason:
             f"it is older than Redis {_dotted(LEAST_VERSION)}",
             f"Use Redis {_dotted(LEAST_VERSION)} or later, or Valkey.",
         )
+    if "used memory > 'maxmemory'" in said:
+        said += " OOM"
+    said += "".join(f" {word}" for kind, word in _CLASSES if any(isinstance(cause, kind) for cause in chain))
     for word, (text, hint) in _REFUSALS.items():
         if re.search(rf"\b{word}\b", said):
-            return Reason(text, hint)
+            return Reason(f"{text} ({word})", hint)
     found = network_reason(error)
     if found is not None:
         return found

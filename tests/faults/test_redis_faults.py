@@ -51,9 +51,9 @@ def password_changed(parts: Parts) -> Iterator[None]:
 
 FAULTS: dict[str, tuple[Callable[[Parts], AbstractContextManager[None]], str]] = {
     "killed": (killed, "does not answer"),
-    "full": (full, "maxmemory"),
+    "full": (full, "its memory is full (OOM)"),
     "read-only": (read_only, "NOREPLICAS"),
-    "password changed": (password_changed, "another one than ours"),
+    "password changed": (password_changed, "wants a password"),
 }
 
 

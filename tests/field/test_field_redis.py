@@ -25,6 +25,7 @@ from redis_programs import redis_program
 
 from backend.commands.doctor import examine
 from backend.errors import QueueUnavailable, RedisUnfit
+from backend.jobs.redis_health import unavailable
 from backend.jobs.redis_server import connect
 from backend.jobs.redis_watch import RedisWatch
 from backend.settings import Settings
@@ -190,6 +191,10 @@ def test_each_reason_reads_differently_and_leads_to_its_setting(tmp_path: Path, 
     with running(tmp_path / "b") as url, Redis.from_url(url) as redis:
         redis.execute_command("ACL", "SETUSER", "app", "on", ">pw", "~rq:*", "+@read", "-ping")
         said["not allowed"] = why(settings(redis_url=url.replace("//", "//app:pw@")))
+    with running(tmp_path / "c", "--maxmemory", "1") as url, connect(settings(redis_url=url)) as redis:
+        with pytest.raises(RedisError) as full:
+            redis.set("a", "b")
+        said["full"] = str(unavailable(full.value, settings(redis_url=url)))
     with answering(as_redis_5) as port:
         said["old"] = why(settings(redis_url=f"redis://127.0.0.1:{port}/0"))
     with answering(as_a_web_server) as port:
@@ -206,6 +211,7 @@ def test_each_reason_reads_differently_and_leads_to_its_setting(tmp_path: Path, 
         "wrong password": "%2F",
         "TLS at a plain port": "write redis://",
         "not allowed": "ACL SETUSER",
+        "full": "its memory is full",
         "old": "6.0.6",
         "web server": "no Redis",
         "plain at a TLS port": "rediss://",
