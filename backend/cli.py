@@ -247,6 +247,8 @@ def doctor(
 
     signs = {"ok": "[green]ok[/]", "warning": "[yellow]note[/]", "problem": "[bold red]problem[/]"}
     table = Table(show_header=False, box=None, padding=(0, 1))
+    for _ in range(3):
+        table.add_column(overflow="fold")  # a path is of use only whole
     problems = 0
     with console.status("Looking around"):
         for finding in examine(load_settings(), slides or [], mpp, force=forced(mpp, force), pictures=picture):

@@ -141,7 +141,9 @@ def _predicted(outcomes: Sequence[Outcome]) -> Table:
     """What became of each slide of `predict`."""
     from backend.commands.hints import explain
 
-    table = Table("slide", "tiles", "µm/px", "written to")
+    table = Table()
+    for title in ("slide", "tiles", "µm/px", "written to"):
+        table.add_column(title, overflow="fold")  # a path is of use only whole
     for column in table.columns:
         column.overflow = "fold"  # a path that is cut off is none
     origins = {"analysed": "", "folder": " (was there already)", "store": " (from the store of results)"}
