@@ -241,6 +241,15 @@ def doctor(
             help="Write a picture of each slide with its tissue outlined into this folder.", show_default=False
         ),
     ] = None,
+    project: Annotated[
+        str,
+        typer.Option(
+            "--project",
+            "-p",
+            help="Title or number of a project: its connection and labelling config.",
+            show_default=False,
+        ),
+    ] = "",
 ) -> None:
     """Check licence, checkpoint, devices, Redis, workers, Label Studio and slides; say what is missing and what to do."""
     from backend.commands.doctor import examine
@@ -251,7 +260,8 @@ def doctor(
         table.add_column(overflow="fold")  # a path is of use only whole
     problems = 0
     with console.status("Looking around"):
-        for finding in examine(load_settings(), slides or [], mpp, force=forced(mpp, force), pictures=picture):
+        found = examine(load_settings(), slides or [], mpp, force=forced(mpp, force), pictures=picture, project=project)
+        for finding in found:
             problems += finding.verdict == "problem"
             table.add_row(signs[finding.verdict], Text(printable(finding.subject)), Text(printable(finding.text)))
     console.print(table)

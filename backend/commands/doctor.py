@@ -19,6 +19,7 @@ import httpx
 from PIL import Image
 
 from backend.commands.hints import explain
+from backend.commands.project_findings import project_findings
 from backend.errors import BackendError, LicenceNotAccepted, QueueUnavailable
 from backend.inference.checkpoint import MMM_DISTRIBUTION, MMM_MODELS, file_sha256, identity_without_fetching, locate
 from backend.inference.key import analysis_digest
@@ -62,11 +63,13 @@ def examine(
     *,
     force: bool = False,
     pictures: StrPath | None = None,
+    project: str = "",
 ) -> Iterator[Finding]:
     """All findings, one after the other, without secrets. Nothing here raises: a check that fails is a finding, whatever it fails of.
 
     ``mpp`` is µm per pixel of slides that do not say; with ``force`` of all. ``pictures``: a folder into which a picture
-    of each slide with its tissue is written.
+    of each slide with its tissue is written. ``project``: number or title of a project whose connection and labelling
+    config are looked at.
     """
     redact = redactor_of(settings, os.environ)
     checks: list[tuple[str, Callable[[], Iterable[Finding]]]] = [
@@ -80,6 +83,8 @@ def examine(
         ("storage", lambda: _storage(settings)),
         ("slide roots", lambda: _roots(settings)),
     ]
+    if project:
+        checks.append((f"project {project}", lambda: _project(settings, project)))
     for slide in map(Path, slides):
         checks.append((slide.name, partial(_slide, settings, slide, mpp, force)))
         if pictures is not None:
@@ -258,6 +263,11 @@ def _is_private(host: str) -> bool:
         return ipaddress.ip_address(host).is_private
     except ValueError:
         return host == "localhost"
+
+
+def _project(settings: Settings, project: str) -> Iterator[Finding]:
+    for verdict, text in project_findings(settings, project):
+        yield Finding(verdict, f"project {project}", text)
 
 
 def _storage(settings: Settings) -> Iterator[Finding]:

@@ -62,6 +62,19 @@ def test_train_names_the_controls_that_are_not_used(project: Project) -> None:
     assert "Not used: <RectangleLabels name='parts'> takes its labels from each task ($labels)" in done.stdout
 
 
+def test_doctor_names_what_of_a_project_cannot_be_used(project: Project) -> None:
+    config = project.studio.project["label_config"]
+    dynamic = '<RectangleLabels name="parts" toName="image" value="$labels"/>'
+    project.studio.project["label_config"] = config.replace("</View>", f"{dynamic}</View>")
+    said = project.command("doctor", "--project", "Lymph nodes").stdout
+    assert "“Lymph nodes” is connected to this backend at http://ours:1" in said
+    assert "<Choices name='diagnosis'> is filled" in said
+    assert "note" in next(line for line in said.splitlines() if "takes its labels from each task ($labels)" in line)
+    project.studio.connection |= {"url": "http://others", "title": "another backend"}
+    assert "“Lymph nodes” is not connected to this backend" in project.command("doctor", "-p", "7").stdout
+    assert "There is no project 'Livers'" in project.command("doctor", "-p", "Livers").stdout
+
+
 def test_a_project_connected_by_hand_can_teach_afterwards(project: Project) -> None:
     project.studio.connection |= {"url": "http://elsewhere:2/"}  # ours by its title
     project.studio.webhooks.append({"id": 1, "url": "http://elsewhere:2/webhook", "headers": {"X-Theirs": "kept"}})
