@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from backend.cli_parts import StageBar, console, errors
-from backend.logs import configure_logging
+from backend.cli_parts import StageBar, console, errors, quiet_log
 from backend.settings import load_settings
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def export_features(
             from backend.label_studio.services import Services
 
             settings = load_settings()
-            configure_logging("WARNING" if settings.log_level == "INFO" else settings.log_level, "export-features")
+            quiet_log(settings, "export-features")
             services = stack.enter_context(closing(Services(settings)))
             if project:
                 from backend.commands.project_features import results_of_project

@@ -14,12 +14,10 @@ from urllib.parse import quote, quote_plus, unquote
 
 from pydantic import SecretStr
 
-from backend.settings import Settings
+from backend.settings import HOW_TO_ENCODE, Settings
 
 HIDDEN = "…"
-ENCODE_HINT = (
-    "In an address, write a password percent-encoded: / is %2F, @ is %40, # is %23, ? is %3F, : is %3A, % is %25."
-)
+ENCODE_HINT = f"In an address, {HOW_TO_ENCODE}."
 _LEAST_CHARS = 4
 """A shorter secret is in any text by chance: replacing it would tell it rather than hide it."""
 # fsspec chains stores: filecache::https://…
@@ -52,15 +50,6 @@ def shown_address(address: str) -> str:
     if not _HOST.fullmatch(host):
         return scheme[0] + HIDDEN
     return f"{scheme[0]}{HIDDEN + '@' if at else ''}{place}"
-
-
-def without_user(address: str) -> str:
-    """An http(s) address without user and password: what browsers are given."""
-    scheme = _SCHEME.match(address)
-    if scheme is None:
-        return address
-    host, slash, path = address[scheme.end() :].partition("/")
-    return scheme[0] + host.rpartition("@")[2] + slash + path
 
 
 class Redactor:

@@ -22,7 +22,7 @@ LICENCE_VARIABLE = "MMM_LICENSE_ACCEPTED"
 LICENCE_ANSWER = "i accept"
 # fsspec takes every variable that begins with its name for one of its own, and complains of it.
 _RENAMED = {"FSSPEC_PROTOCOLS": "REMOTE_STORES"}
-_ENCODE = (
+HOW_TO_ENCODE = (
     "a user name or password in it must be percent-encoded: / is %2F, @ is %40, # is %23, ? is %3F, : is %3A, % is %25"
 )
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -302,7 +302,7 @@ class Settings(BaseSettings):
             if parts.scheme not in _REDIS_SCHEMES:
                 raise ValueError("must be redis://host:6379/0, rediss://… or unix:///path/to/redis.sock")
             if parts.scheme != "unix" and (parts.fragment or "@" in parts.path + parts.query):
-                raise ValueError(f"cannot be read as an address: {_ENCODE}")
+                raise ValueError(f"cannot be read as an address: {HOW_TO_ENCODE}")
         return SecretStr(address)
 
     @field_validator("label_studio_api_key", "webhook_secret", mode="after")
@@ -376,7 +376,7 @@ def _check_address(value: str) -> None:
         parts = urlsplit(value)
         _ = parts.port
     except ValueError:
-        raise ValueError(f"cannot be read as an address; {_ENCODE}") from None
+        raise ValueError(f"cannot be read as an address; {HOW_TO_ENCODE}") from None
     if any(character.isspace() or ord(character) < 32 for character in value):
         raise ValueError("has white space or control characters in it")
     if parts.scheme in ("http", "https") and not parts.hostname:
