@@ -10,10 +10,9 @@ import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_TRUST = (
-    "Trust the authority that signed it: SSL_CERT_FILE=/path/to/ca.pem for all connections (rediss://…?ssl_ca_certs=/path/to/ca.pem for Redis). "
-    "Or is the name in the address not the one that the certificate was made for?"
-)
+# As OpenSSL numbers them (openssl-verification-options(1), x509_vfy.h).
+_EXPIRED = 10
+_OTHER_NAME = (62, 64)
 
 NO_ANSWER = "no answer came in time"
 
@@ -40,9 +39,10 @@ def network_reason(error: BaseException) -> Reason | None:
     chain = list(causes(error))
     said = " ".join(str(cause) for cause in chain)
     for cause in chain:
-        if isinstance(cause, ssl.SSLCertVerificationError) or "CERTIFICATE_VERIFY_FAILED" in said:
-            why = getattr(cause, "verify_message", "") or "it cannot be verified"
-            return Reason(f"its certificate is not trusted ({why})", _TRUST)
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            why = cause.verify_message or "it cannot be verified"
+            return Reason(f"its certificate is not trusted: {why}", _about_trust(cause.verify_code))
+    for cause in chain:
         if isinstance(cause, ssl.SSLError) or "[SSL" in str(cause):
             return Reason(
                 "it does not speak TLS there, or not as we do",
@@ -74,3 +74,14 @@ def network_reason(error: BaseException) -> Reason | None:
         if isinstance(cause, OSError) and cause.strerror and cause.errno:
             return Reason(cause.strerror.lower(), "Check the address, and the network of this machine.")
     return None
+
+
+def _about_trust(code: int) -> str:
+    if code in _OTHER_NAME:
+        return "Use the name that the certificate is for, or have one made for this name (subjectAltName)."
+    if code == _EXPIRED:
+        return "Have it renewed, and check the clock of this machine."
+    return (
+        "Set SSL_CERT_FILE (of a Redis: rediss://…?ssl_ca_certs=FILE) to a file of all certificates to be trusted (PEM): "
+        "its own or its authority's, and for other hosts those of `python -m certifi`."
+    )

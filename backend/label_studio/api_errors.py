@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import httpx
 from label_studio_sdk.core.api_error import ApiError
 
-from backend.certificates import untrusted
 from backend.errors import LabelStudioError, LabelStudioUnreachable
 from backend.reasons import network_reason
 from backend.redaction import shown_address
@@ -41,14 +40,11 @@ def was_sent(cause: BaseException | None) -> bool:
 def unreachable(error: httpx.HTTPError, url: str) -> LabelStudioUnreachable:
     """What a request that got no answer failed of, as far as the system says."""
     url = shown_address(url)
-    if (refused := untrusted(error)) is not None:
-        reason, hint = refused
-        return LabelStudioUnreachable(f"The certificate of Label Studio at {url} is not trusted: {reason}.", hint=hint)
     text, hint = type(error).__name__, "Check LABEL_STUDIO_URL and that Label Studio runs."
     if isinstance(error, httpx.ProxyError):
         text, hint = f"the proxy in between refuses ({error})", "Check HTTP_PROXY, HTTPS_PROXY and NO_PROXY."
     elif (why := network_reason(error)) is not None:
-        text, hint = why.text, f"{why.hint} It is LABEL_STUDIO_URL."
+        text, hint = why.text, f"{why.hint} The address is LABEL_STUDIO_URL."
     return LabelStudioUnreachable(
         f"Label Studio at {url} does not answer: {text}.", hint=f"{hint} It is tried again by itself."
     )

@@ -20,8 +20,9 @@ import fsspec
 import httpx
 
 from backend.addresses import origin
-from backend.certificates import ssl_context, untrusted
+from backend.certificates import ssl_context
 from backend.errors import BackendError, DownloadFailed, SettingsError, SlideNotFound, SourceError, SourceRefused
+from backend.reasons import network_reason
 from backend.results.bag import digest
 from backend.settings import Settings
 from backend.slides.pace import Watch
@@ -227,11 +228,8 @@ def _http_errors(place: Place, watch: Watch) -> Iterator[None]:
         raise DownloadFailed(f"{shown(place.location)} did not answer in time ({type(error).__name__}).") from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         watch.check()  # a connection that was cut from here looks as if the server had hung up
-        if (refused := untrusted(error)) is not None:
-            reason, hint = refused
-            raise DownloadFailed(
-                f"The certificate of {shown(place.location)} is not trusted: {reason}.", hint=hint
-            ) from error
+        if (why := network_reason(error)) is not None:
+            raise DownloadFailed(f"{shown(place.location)} could not be fetched: {why.text}.", hint=why.hint) from error
         raise DownloadFailed(
             f"{shown(place.location)} could not be fetched: {error or type(error).__name__}."
         ) from error
