@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from backend.commands.result_folders import RESULT, check_writable, writing_to
 from backend.errors import BackendError, FileExists, ResultNotFound, SourceError
@@ -22,6 +21,7 @@ from backend.results.hdf5 import read_hdf5
 from backend.results.store import ResultStore
 from backend.slides.dicom_series import is_dicom
 from backend.slides.file_kinds import SLIDE_SUFFIXES
+from backend.slides.names import slide_path
 from backend.slides.source import SlideRef
 
 Progress = Callable[[str, int, int], None]
@@ -159,9 +159,7 @@ def _slide_of(result: BagResult, source: Source) -> str:
 
 def file_name(location: str) -> str:
     """The name of the file at a path or URL; of a DICOM file, whose name is a number, that of its folder."""
-    if "://" in location:
-        location = unquote(urlsplit(location).path)
-    path = Path(location)
+    path = Path(slide_path(location))
     dicom = path.suffix.lower() == ".dcm"
     with suppress(OSError, ValueError):  # it lies elsewhere by now, or never lay here: the ending has to do
         dicom = dicom or (path.is_file() and is_dicom(path))

@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from backend.settings import Settings
 from backend.slides.dicom_series import header_of
+from backend.slides.names import slide_path
 from backend.slides.source import SlideRef
 
 # Project, tissue source site, participant: the part of a TCGA barcode that names a patient.
@@ -79,7 +79,7 @@ def _key(name: str) -> str:
 
 
 def _barcode(ref: SlideRef) -> str:
-    found = _TCGA.search(unquote(urlsplit(ref.locations[0]).path).rstrip("/").rsplit("/", 1)[-1])
+    found = _TCGA.search(slide_path(ref.locations[0]).rstrip("/").rsplit("/", 1)[-1])
     return found.group().upper() if found else ""
 
 

@@ -35,6 +35,7 @@ from backend.learning.labels import (
 from backend.learning.tile_labels import TileLabels, tile_labels
 from backend.learning.tile_training import LabelledTiles
 from backend.results.bag import digest
+from backend.slides.names import slide_name
 from backend.slides.source import SlideRef
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class Slide:
     @property
     def name(self) -> str:
         """The slide's name for people."""
-        return str(self.data.get("name") or str(self.ref.locations[0]).rstrip("/").rsplit("/", 1)[-1])
+        return str(self.data.get("name") or slide_name(self.ref.locations[0]))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,19 +18,29 @@ def slide_name(location: str) -> str:
     >>> slide_name("http://studio/data/local-files/?d=slides/x%20y.svs")
     'x y.svs'
     """
-    path = location
-    if _SCHEME.match(location) or location.startswith("/data/"):
-        try:
-            parts = urlsplit(location)
-        except ValueError:
-            return _last(location.split("?", 1)[0])
-        path = unquote(parts.path)
-        query = dict(parse_qsl(parts.query))
-        if parts.path.rstrip("/").endswith("/data/local-files"):
-            path = query.get("d", path)
-        elif _RESOLVES.search(parts.path) and (inner := _decoded(query.get("fileuri", ""))):
-            return slide_name(inner)
-    return _last(path) or _last(location.split("?", 1)[0])
+    name = slide_path(location).rstrip("/").rsplit("/", 1)[-1]
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"
+
+
+def slide_path(location: str) -> str:
+    """The path of a slide where it really lies, without host and query: of an address of Label Studio's, that of the
+    file behind it.
+
+    >>> slide_path("http://studio/data/local-files/?d=slides/x%20y.svs")
+    'slides/x y.svs'
+    """
+    if not _SCHEME.match(location) and not location.startswith("/data/"):
+        return location
+    try:
+        parts = urlsplit(location)
+    except ValueError:
+        return location.split("?", 1)[0]
+    query = dict(parse_qsl(parts.query))
+    if parts.path.rstrip("/").endswith("/data/local-files"):
+        return query.get("d") or unquote(parts.path)
+    if _RESOLVES.search(parts.path) and (inner := _decoded(query.get("fileuri", ""))):
+        return slide_path(inner)
+    return unquote(parts.path).rstrip("/") or location.split("?", 1)[0]
 
 
 def _decoded(text: str) -> str:
@@ -38,8 +48,3 @@ def _decoded(text: str) -> str:
         return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode()
     except ValueError:  # binascii.Error and UnicodeDecodeError are such
         return ""
-
-
-def _last(path: str) -> str:
-    name = path.rstrip("/").rsplit("/", 1)[-1]
-    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 2]}…{name[-_LONGEST // 2 + 1 :]}"

@@ -14,12 +14,16 @@ import pytest
 from faults.redis_rig import free_port
 from redis import Redis
 
+from backend.commands.export_features import file_name
 from backend.jobs.job_forms import JobForms
 from backend.jobs.queue import BagRequest, WaitingTask
 from backend.jobs.redis_server import EmbeddedRedis
+from backend.label_studio.patients import patient_of
+from backend.label_studio.teaching import Slide
 from backend.results.bag import digest
 from backend.settings import Settings
 from backend.slides.names import slide_name
+from backend.slides.source import SlideRef
 
 KEY = digest({"slide": "a"})
 
@@ -40,6 +44,14 @@ KEY = digest({"slide": "a"})
 )
 def test_a_slide_is_called_by_the_name_of_its_file(location: str, name: str) -> None:
     assert slide_name(location) == name
+    ref = SlideRef("http", (location,), "1")
+    assert Slide(0, 1, {}, KEY, ref).name == name
+    assert file_name(location) == name
+
+
+def test_a_barcode_is_found_in_the_name_that_a_storage_of_label_studio_gives() -> None:
+    ref = SlideRef("label_studio", ("http://studio/data/local-files/?d=slides/TCGA-A1-0001-01Z-00-DX1.svs",), "1")
+    assert patient_of({}, ref, Settings(patient_from="tcga")) is not None
 
 
 def test_the_job_of_a_local_file_of_label_studio_is_about_that_file(settings: Settings, redis: Redis) -> None:
