@@ -14,7 +14,7 @@ from backend.settings import Settings
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_THUMBNAIL = re.compile(r"/thumbnails/([0-9a-f]{40})\.jpg$")
+_THUMBNAIL = re.compile(r"[^?#]*/thumbnails/([0-9a-f]{40})\.jpg(?:[?#].*)?", re.DOTALL)
 
 Origin = tuple[str, str, int]
 
@@ -35,13 +35,17 @@ def label_studio_path(url: str, settings: Settings) -> str | None:
 
 
 def own_path(url: str, settings: Settings) -> str | None:
-    """The path of an absolute ``url`` in this backend, without the path of its ``PUBLIC_URL``; ``None`` if it lies elsewhere."""
-    return _below(urlsplit(url), settings.own_urls)
+    """The path of an absolute ``url`` in this backend, without the path of its ``PUBLIC_URL``; ``None`` if it lies elsewhere.
+
+    Where one of both lies below the other, it is the one with the longer path whose address it is.
+    """
+    ours, theirs = (_below(urlsplit(url), urls) for urls in (settings.own_urls, settings.label_studio_urls))
+    return None if ours is not None and theirs is not None and len(theirs) < len(ours) else ours
 
 
 def thumbnail_of(url: str) -> str | None:
     """The id of the thumbnail of ours at ``url``, whatever name it was written under: no other has that id."""
-    match = _THUMBNAIL.search(urlsplit(url).path)
+    match = _THUMBNAIL.fullmatch(url)
     return match[1] if match else None
 
 

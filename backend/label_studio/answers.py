@@ -6,7 +6,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from backend.addresses import thumbnail_of
 from backend.errors import MppUnknown, SlideNotFound, SlideUnreadable
@@ -20,6 +19,7 @@ from backend.label_studio.services import Services
 from backend.label_studio.task_values import look_up
 from backend.results.bag import BagResult, digest
 from backend.slides.images import image_size
+from backend.slides.names import slide_path
 from backend.slides.source import SlideRef
 
 TaskData = Mapping[str, Any]
@@ -37,7 +37,7 @@ def slide_ref(services: Services, config: LabelingConfig, data: TaskData) -> Sli
 def _task_tissue(data: TaskData) -> str | None:
     """Where the task's field ``tissue`` says that a mask lies. Others use that name for an organ: "lung/left" is no mask."""
     value = data.get("tissue")
-    named = isinstance(value, str) and urlsplit(value).path.lower().endswith((".geojson", ".json", ".png"))
+    named = isinstance(value, str) and slide_path(value.strip()).lower().endswith((".geojson", ".json", ".png"))
     return value if named else None
 
 

@@ -184,7 +184,7 @@ class SourceResolver:
         if ref.kind != "file":
             return ref
         slide = Path(ref.locations[0])
-        if ref.tissue is not None and Path(ref.tissue).name not in {place.name for place in places_beside(slide)}:
+        if ref.tissue is not None and ref.tissue not in map(os.path.realpath, places_beside(slide)):
             return ref
         mask = tissue_file_beside(slide)
         if mask is None:

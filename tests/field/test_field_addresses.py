@@ -149,6 +149,13 @@ def test_a_file_of_label_studio_is_known_under_each_of_its_names(
     assert (place.kind, place.location) == ("label_studio", there)
 
 
+def test_a_file_of_label_studio_below_our_own_address_is_its_own(settings: Make) -> None:
+    made = settings(public_url="https://h", label_studio_url="https://h/ls")
+    assert classify("https://h/ls/data/upload/3/a.svs", made).kind == "label_studio"
+    with pytest.raises(SourceRefused, match="a picture made by this backend"):
+        classify("https://h/thumbnails/a.jpg", made)
+
+
 @pytest.mark.parametrize(
     "value",
     ["https://h/other/data/upload/3/a.jpg", "https://h/lsd/data/upload/3/a.jpg", "https://h/ls/api/users", "https://h:444/ls/data/upload/3/a.jpg"],

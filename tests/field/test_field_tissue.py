@@ -322,6 +322,14 @@ def test_a_task_names_its_mask_by_the_rules_of_slides(own: Callable[[], Path], s
     data = {"image": str(path), "slide": str(path)}
     assert slide_ref(services, config, {**data, "tissue": str(mask)}).tissue == str(mask)
     assert slide_ref(services, config, {**data, "tissue": "lung"}).tissue is None, "the field means something else here"
+    by_studio = "/data/local-files/?d=drawn%20by%20A.geojson"
+    assert slide_ref(services, config, {**data, "tissue": by_studio}).tissue == str(mask)
+    masks = path.parent / "masks" / "slide.tissue.geojson"  # named as one beside the slide would be
+    masks.parent.mkdir()
+    shutil.copy(mask, masks)
+    theirs = slide_ref(services, config, {**data, "tissue": str(masks)})
+    assert services.resolver.with_tissue_beside(theirs) == theirs
+    assert slide_ref(services, config, {**data, "tissue": "http://[see note"}).tissue is None
     outside = tmp_path / "secret.geojson"
     outside.write_text(qupath(box(0, 0, 500, 500)))
     (path.parent / "link.geojson").symlink_to(outside)
