@@ -167,6 +167,11 @@ class _KnownSlides:
 
     def add(self, path: Path) -> None:
         self._values.add(str(path))
+        if self._files is not None:
+            status = path.stat()
+            self._files[status.st_dev, status.st_ino] = path
+        if self._instances is not None:
+            self._instances.add(slide_instance(path))
 
     def _local(self) -> Iterator[tuple[tuple[int, int], Path]]:
         for value in self._values:

@@ -97,6 +97,16 @@ def test_a_dicom_slide_is_known_by_its_instance(
     assert bring_in(services, slides / "backup") == ([], ["03.dcm"], [])
 
 
+def test_two_files_of_one_dicom_slide_that_are_given_by_name_become_one_task(
+    services: Services, tmp_path: Path, test_data: Path
+) -> None:
+    case = tmp_path / "slides" / "case"
+    shutil.copytree(test_data / "slides" / "cmu1-dicom", case)
+    files = [case / "03.dcm", case / "01.dcm"]
+    done = import_slides(services, files, project=str(PROJECT), retrieve=False)
+    assert (done.added, done.present) == (files[:1], files[1:])
+
+
 def test_one_bad_slide_stops_nothing(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slides = tmp_path / "slides"
     names = ["a.png", "b.png", "c.svs", "d.png"]
