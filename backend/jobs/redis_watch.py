@@ -40,20 +40,21 @@ class RedisWatch:
     def look(self) -> BackendError | None:
         """Look now; takes some seconds at most. Returns :attr:`problem`."""
         with self._lock:
-            before, self.problem = self.problem, None
+            found: BackendError | None = None
             try:
                 if self._client is None:
                     self._client = connect(self._settings, check=False, timeout_s=_TIMEOUT_S)
                 self._tell(need_fit(self._client, self._where))
             except RedisUnfit as error:
-                self.problem = error
+                found = error
             except RedisError as error:
-                self.problem = unavailable(error, self._settings)
-            if self.problem is not None and str(self.problem) != str(before):
-                log.error("%s Slides cannot be queued until then.", self.problem)
-            elif before is not None and self.problem is None:
+                found = unavailable(error, self._settings)
+            before, self.problem = self.problem, found  # only now: the last look counts while this one waits
+            if found is not None and str(found) != str(before):
+                log.error("%s Slides cannot be queued until then.", found)
+            elif before is not None and found is None:
                 log.info("Redis is back")
-            return self.problem
+            return found
 
     def need(self) -> None:
         """Look, for a process that starts: a Redis that cannot be used at all ends it, one that is away is waited for.

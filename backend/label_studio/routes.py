@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Protocol, TypeVar
 
 import anyio
@@ -14,7 +15,7 @@ from pydantic import BaseModel, FailFast, Field
 from pydantic_core import to_json
 
 from backend import __version__
-from backend.errors import RequestInvalid
+from backend.errors import QueueUnavailable, RequestInvalid
 from backend.label_studio.events import START_TRAINING, WEBHOOK_SECRET_HEADER, take_event
 from backend.label_studio.json_texts import JsonTexts
 from backend.label_studio.labeling_config import parse_config
@@ -135,6 +136,9 @@ def label_studio_router(
                 told[number] = unused
                 for control in unused:
                     log.info("setup: project %s: not used: %s", number, control)
+            if number is not None and services.redis_watch.problem is None:
+                with suppress(QueueUnavailable):  # its next question says it too
+                    services.training.note_connection(number, True)  # only connected backends are set up
             return services.versions.version(number)  # reads the heads' files
 
         # Threads of its own: Label Studio gives this three seconds, whatever else is being waited for.

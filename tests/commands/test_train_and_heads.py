@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import SLIDES, Project
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from backend.cli import app
@@ -20,6 +21,7 @@ from backend.errors import HeadNotFound, LabelStudioUnreachable, ProjectNotFound
 from backend.label_studio.events import take_event
 from backend.label_studio.predictor import Predictor
 from backend.label_studio.trainer import train
+from backend.web.app import create_app
 
 
 def nothing(*_: Any) -> None:
@@ -116,6 +118,10 @@ def test_events_of_a_project_that_has_disconnected_us_do_nothing_until_it_is_con
     for action in ("ANNOTATION_CREATED", "TASKS_DELETED", "PROJECT_UPDATED"):
         assert take_event(services, action, 7, created) == "nothing to do"
     Predictor(services).predict([], project=7, label_config=str(project.studio.project["label_config"]))
+    assert take_event(services, "ANNOTATION_CREATED", 7, created) in ("scheduled", "again", "queued")
+    services.training.note_connection(7, False)
+    with TestClient(create_app(services), base_url="http://localhost") as client:
+        assert client.post("/setup", json={"project": "7.1"}).status_code == 200, "as when it is connected again"
     assert take_event(services, "ANNOTATION_CREATED", 7, created) in ("scheduled", "again", "queued")
 
 
