@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +18,7 @@ from label_studio_sdk.core.request_options import RequestOptions
 from backend.certificates import ssl_context
 from backend.errors import LabelStudioError, LabelStudioUnreachable, ProjectNotFound, PushUnsure
 from backend.label_studio.api_errors import RedirectRefused, TaskGone, something_else, typed, unreachable, was_sent
+from backend.label_studio.export_stream import tasks_of
 from backend.label_studio.versions import is_ours, model_of
 from backend.learning.project_owner import Owner
 from backend.redaction import shown_address
@@ -329,23 +330,27 @@ class LabelStudioClient:
         )
         return sorted(pages, key=lambda task: task[0])
 
-    def annotated_tasks(self, project: int) -> list[dict[str, Any]]:
-        """The tasks of a project that have annotations, skipped ones included, as Label Studio exports them."""
+    def annotated_tasks(self, project: int, read: Callable[[Iterator[dict[str, Any]]], T]) -> T:
+        """What ``read`` makes of the tasks of a project that have annotations, skipped ones included, as Label Studio
+        exports them: with their own data, not as the browser is shown it.
 
-        # The SDK would take the answer for a file, and parse nothing. An export has the tasks' own data, not as the browser is shown it.
+        They are given one after the other as they arrive: with what machines drew on ten thousand slides, an export is
+        larger than memory.
+        """
+
+        # The SDK would take the answer for a file, and parse nothing.
         path = f"/api/projects/{project}/export?exportType=JSON&download_all_tasks=false"
-        answer = self._call(lambda: self._ask("GET", path, timeout=_EXPORT_TIMEOUT_S))
-        try:
-            found = answer.json()
-        except ValueError:
-            raise LabelStudioError(
-                f"The export of project {project} from {shown_address(self.url)} is no JSON."
-            ) from None
-        if not isinstance(found, list) or not all(isinstance(task, dict) for task in found):
-            raise LabelStudioError(
-                f"The export of project {project} from {shown_address(self.url)} is no list of tasks."
-            )
-        return found
+
+        def export() -> T:
+            _ = self.sdk  # says what is missing, before anything is asked
+            headers = dict(self.authorization())
+            with self._http.stream("GET", self.url + path, headers=headers, timeout=_EXPORT_TIMEOUT_S) as answer:
+                if not answer.is_success:
+                    answer.read()
+                    raise ApiError(status_code=answer.status_code, body=_json_or_text(answer))
+                return read(tasks_of(answer.iter_bytes(), f"project {project} from {shown_address(self.url)}"))
+
+        return self._call(export)
 
     def set_task_field(self, project: int, task: int, name: str, value: float | None) -> None:
         """Set one field of a task's data; ``None`` is ``null``. The others stay, and so does what is edited meanwhile.

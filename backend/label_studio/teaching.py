@@ -167,7 +167,7 @@ class Teacher:
         """
         progress("read", 0, 0)
         client = self._services.client
-        annotations, issues = read_annotations(client.annotated_tasks(project))
+        annotations, issues = client.annotated_tasks(project, read_annotations)
         targets = targets_of(config)
         annotated = frozenset(a.task_id for a in annotations)
         slides, embeddings, missing = self._slides(client.tasks(project), config, annotated, progress, issues)

@@ -154,7 +154,9 @@ def read_annotation(task_id: int, raw: Any) -> Annotation | Issue:
         who = who.get("id", who.get("email"))
     # An annotation without an author is nobody's second opinion: it counts as an annotator of its own.
     annotator = f"user {who}" if who is not None else f"annotation {number}"
-    return Annotation(number, task_id, annotator, str(raw.get("updated_at") or ""), tuple(results))
+    # What is read-only a machine made: it teaches nothing, and a heatmap of it is as large as all else together.
+    kept = tuple(item for item in results if not item.get("readonly"))
+    return Annotation(number, task_id, annotator, str(raw.get("updated_at") or ""), kept)
 
 
 def newest_of_each(annotations: Iterable[Annotation]) -> list[Annotation]:

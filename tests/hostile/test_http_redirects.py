@@ -74,7 +74,7 @@ def test_the_token_goes_to_no_other_place(status: int, kind: str) -> None:
     with running() as studio, running() as thief:
         studio.status, studio.target = status, f"{thief.url}PATH"
         client = LabelStudioClient(Settings(label_studio_url=studio.url, label_studio_api_key=token))  # type: ignore[arg-type]
-        for ask in (lambda: client.task(5), lambda: client.annotated_tasks(7), client.whoami):
+        for ask in (lambda: client.task(5), lambda: client.annotated_tasks(7, list), client.whoami):
             with pytest.raises(RedirectRefused, match=f"LABEL_STUDIO_URL={thief.url};") as refused:
                 ask()
             assert isinstance(refused.value, LabelStudioError) and token not in str(refused.value)
