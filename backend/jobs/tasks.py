@@ -210,21 +210,6 @@ def context() -> WorkerContext:
     return _context
 
 
-def set_analyser(analyser: Analyser) -> None:
-    """Compute bags with ``analyser`` in this process from now on (for tests and benchmarks)."""
-    context().analyser = analyser
-
-
-def set_publisher(publisher: Publisher) -> None:
-    """Push predictions with ``publisher`` in this process from now on (for tests)."""
-    context().publisher = publisher
-
-
-def set_trainer(trainer: Trainer) -> None:
-    """Train projects with ``trainer`` in this process from now on (for tests)."""
-    context().trainer = trainer
-
-
 class Progress:
     """Writes what an analysis is doing into its job, and remembers how long each stage took.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from backend.learning.heads import Float64Array, softmax
+from backend.learning.heads import Float64Array
 
 _BIAS_PENALTY = 1.0
 _TEMPERATURE_RANGE = (0.05, 50.0)
@@ -63,8 +63,3 @@ def _minimise(loss: Any, n_biases: int) -> tuple[float, Float64Array]:
     bounds = [(-np.log(high), -np.log(low))] + [(None, None)] * n_biases
     found = minimize(loss, np.zeros(1 + n_biases), jac=True, method="L-BFGS-B", bounds=bounds)
     return float(np.exp(-found.x[0])), np.asarray(found.x[1:], dtype=np.float64)
-
-
-def calibrated_choice(logits: Float64Array, temperature: float, bias: Float64Array) -> Float64Array:
-    """float64 (N, K) probabilities."""
-    return softmax(logits / temperature + bias)

@@ -26,7 +26,6 @@ BoolArray = npt.NDArray[np.bool_]
 StrategyName = Literal["random", "uncertainty", "default"]
 
 STRATEGIES: tuple[StrategyName, ...] = ("random", "uncertainty", "default")
-DATASETS = ("digits", "imbalanced")
 _HELD_OUT = 1 / 3
 
 

@@ -186,4 +186,3 @@ _WRITERS: dict[str, tuple[tuple[str, ...], Callable[[SlideTable, Path], None]]] 
     "parquet": (("pyarrow", "pyarrow.parquet"), _write_parquet),
     "csv": ((), _write_csv),
 }
-FORMATS = tuple(_WRITERS)

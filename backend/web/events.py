@@ -179,10 +179,9 @@ def _guarded(services: Services, key: str, state: JobState | None, marks: Watche
     busy = state is not None and state.status in ("queued", "started")
     try:
         stored = not busy and (known or services.store.has(key))
-    except OSError as error:
+    except BackendError as error:
         log.warning("the store cannot be asked for %s: %s", key, error)
-        message = {"code": "store_unavailable", "message": f"The result store does not answer: {error}.", "hint": ""}
-        return {"phase": "unavailable", "job": None, "pushes": [], "waiting": [], "error": message}
+        return {"phase": "unavailable", "job": None, "pushes": [], "waiting": [], "error": error.as_dict()}
     return status_of(state, marks, stored=stored, label_studio_url=services.settings.label_studio_browser_url)
 
 
@@ -190,7 +189,7 @@ def _unavailable(services: Services, key: str, error: BackendError) -> Status:
     """Redis is away: a stored result can be shown all the same."""
     try:
         stored = services.store.has(key)
-    except OSError:
+    except BackendError:
         stored = False
     phase = "done" if stored else "unavailable"
     return {"phase": phase, "job": None, "pushes": [], "waiting": [], "error": error.as_dict()}

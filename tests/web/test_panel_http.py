@@ -158,6 +158,14 @@ def test_before_it_is_analysed_the_panel_says_so(opened: Opened) -> None:
     assert opened.get("/panel/weights").status_code == 404
 
 
+def test_a_store_that_does_not_answer_is_told_in_words(opened: Opened) -> None:
+    results = opened.services.settings.model_dir / "results"
+    results.mkdir(exist_ok=True)
+    (results / opened.key[:2]).symlink_to(results / opened.key[:2])  # a loop: the system refuses to look there
+    status = opened.get("/panel/state").json()["status"]
+    assert status["phase"] == "unavailable" and "store of results" in status["error"]["message"]
+
+
 def test_a_waiting_slide_has_its_place_in_the_queue(opened: Opened) -> None:
     queue = opened.services.queue
     for name in ("a", "b"):
