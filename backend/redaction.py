@@ -23,6 +23,8 @@ _LEAST_CHARS = 4
 # fsspec chains stores: filecache::https://…
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.:-]*://")
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\s:\[\]@?#/]*)(?::\d{1,5})?")
+# Options of Redis' client that are words (`none`) and paths: hidden, they would be missing from sentences that have nothing to do with them.
+_PLAIN = re.compile(r"db|protocol|ssl_(?!password).*")
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "ftp_proxy")
 
 
@@ -111,7 +113,8 @@ def _secrets_of(address: str) -> list[str]:
     query = re.split(r"[?#]", after if at else rest, maxsplit=1)
     if len(query) > 1:
         found.append(query[1])
-        found += [part.partition("=")[2] for part in re.split("[&;]", query[1])]
+        parts = [part.partition("=") for part in re.split("[&;]", query[1])]
+        found += [value for name, _, value in parts if not _PLAIN.fullmatch(name)]
     return found
 
 

@@ -78,13 +78,8 @@ def classify(value: object, settings: Settings) -> Place:
     scheme = match.group(1).lower() if match else ""
     if scheme in ("http", "https"):
         return _classify_http(value, settings)
-    if scheme == "file":
-        parts = urlsplit(value)
-        if parts.netloc not in ("", "localhost"):
-            raise SourceRefused(f"{shown(value)} names another machine.", hint="Write file:///path.")
-        return Place("file", str(allowed_file(_decoded(parts.path, value), settings)))
     if scheme:
-        return _classify_fsspec(value, scheme, settings)
+        return _classify_other(value, scheme, settings)
     if value.startswith("/") and not value.startswith("//"):
         there = _in_label_studio(value, settings)
         if there is not None:
@@ -287,6 +282,18 @@ def _local_file(parts: SplitResult, settings: Settings) -> Place | None:
         if os.path.lexists(root / normal):
             return Place("file", str(allowed_file(str(root / normal), settings)))
     return None
+
+
+def _classify_other(value: str, scheme: str, settings: Settings) -> Place:
+    try:
+        parts = urlsplit(value)
+    except ValueError as error:
+        raise SourceRefused(f"{shown(value)} is not a valid URL: {error}.") from error
+    if scheme != "file":
+        return _classify_fsspec(value, scheme, settings)
+    if parts.netloc not in ("", "localhost"):
+        raise SourceRefused(f"{shown(value)} names another machine.", hint="Write file:///path.")
+    return Place("file", str(allowed_file(_decoded(parts.path, value), settings)))
 
 
 def _classify_fsspec(value: str, scheme: str, settings: Settings) -> Place:

@@ -165,6 +165,14 @@ def test_what_lies_beside_label_studio_is_not_its_own(settings: Make, value: str
         classify(value, settings(label_studio_url="https://h/ls"))
 
 
+@pytest.mark.parametrize(
+    "value", ["s3://[x/a.svs", "file://[x/a.svs", "/tasks/1/resolve/?fileuri=czM6Ly9beC9hLnN2cw=="]
+)
+def test_an_address_that_is_none_is_refused_in_words(settings: Make, value: str) -> None:
+    with pytest.raises(SourceRefused, match="is not a valid URL"):
+        classify(value, settings(label_studio_url="https://h/ls", remote_stores="s3"))
+
+
 def test_an_unknown_path_in_front_of_an_upload_is_said_with_what_to_set(settings: Make) -> None:
     with pytest.raises(SourceRefused, match=r"with /studio, to LABEL_STUDIO_PUBLIC_URL"):
         classify("/studio/data/upload/3/a.jpg", settings(label_studio_url="http://ls:8080", slide_roots=("/srv",)))

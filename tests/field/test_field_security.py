@@ -28,7 +28,7 @@ from backend.inference.checkpoint import locate
 from backend.jobs.pushes import note_push
 from backend.jobs.queue import WaitingTask
 from backend.jobs.redis_server import EmbeddedRedis
-from backend.redaction import shown_address
+from backend.redaction import redactor_of, shown_address
 from backend.settings import Settings, load_settings
 from backend.slides.synthetic import SyntheticSlide
 from backend.web.signing import SlideSigner
@@ -164,6 +164,12 @@ def test_no_part_of_a_password_is_shown_whether_the_address_parses_or_not(addres
     pieces = [piece for piece in re.split(r"[/@#?:\[\]]", password) if piece]
     left = re.sub(r"^\w+://", "", shown)
     assert not any(piece in re.split(r"[/@:.…]", left) for piece in pieces), shown
+
+
+def test_the_options_of_an_address_are_not_taken_out_of_ordinary_sentences(settings: Make) -> None:
+    made = settings(redis_url="rediss://:planted-pw@host:6379/0?ssl_cert_reqs=none&ssl_password=planted-too")
+    said = redactor_of(made, {})("none of the slides: planted-pw, planted-too")
+    assert said.startswith("none of the slides: ") and "planted" not in said
 
 
 ENCODED = "planted/re@dis#pw"
