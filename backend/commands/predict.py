@@ -163,6 +163,7 @@ class _Call:
         self._settings = settings
         self._mpp = mpp
         self._force = force
+        self._masks: dict[Path, Path | None] = {}
         self._unused: dict[Path, str] = {}  # slides that state their own scale, and what is to be said of the given one
         self._again = again
         self._level0 = level0
@@ -176,7 +177,8 @@ class _Call:
         """The bag key of a slide; raises what can be found wrong with it before its tissue is looked for."""
         real = os.path.realpath(slide)
         ref = SlideRef("file", (real,), file_identity(real), mpp=self._mpp, mpp_override=self._force)
-        if (mask := tissue_file_beside(real)) is not None:
+        self._masks[slide] = mask = tissue_file_beside(real)
+        if mask is not None:
             location = os.path.realpath(mask)
             ref = replace(ref, tissue=location, tissue_identity=file_identity(location))
         # Without a scale from outside the key is known without opening the slide.
@@ -206,7 +208,7 @@ class _Call:
         check_writable(self._out)  # before minutes of analysis, once for each slide
         stored = None if self._again else self._stored(key)
         mpp = None if slide in self._unused else self._mpp
-        mask = tissue_file_beside(slide)
+        mask = self._masks[slide]  # the one that the key covers, whatever has come to lie there since
         result = stored or analyse_file(
             slide,
             self._settings,

@@ -15,7 +15,7 @@ from backend.learning.snapshot import ProjectSnapshot
 log = logging.getLogger(__name__)
 
 RANKED = 300
-"""So many of the slides to be labelled first get their rank written."""
+"""So many slides, the first of the order that have changed, get their rank written."""
 
 
 def _is_first(priority: object) -> bool:
@@ -26,8 +26,8 @@ def write_ranks(services: Services, project: int, lesson: Lesson, snapshot: Proj
     """Write ranks into the tasks' data, the most urgent first; stops where a newer training waits, which does it
     anyway.
 
-    Only of the first :data:`RANKED` in the order, and of those that would stand among them wrongly: each field of each
-    task is a request, and nobody labels by rank 5 000 before the next training.
+    Only of the first :data:`RANKED` that have changed, and of those that would stand among the first wrongly: each field
+    of each task is a request, and nobody labels by rank 5 000 before the next training.
     """
     rows = np.argsort(np.where(snapshot.priority > 0, snapshot.priority, len(snapshot.tasks) + 1), kind="stable")
     written, fields = 0, TaskFields(services.client, project)
@@ -40,7 +40,7 @@ def write_ranks(services: Services, project: int, lesson: Lesson, snapshot: Proj
             "confidence": None if np.isnan(sure) else round(sure, 3),
         }
         changed = {name: value for name, value in wanted.items() if slide.data.get(name) != value}
-        if not changed or not (_is_first(wanted["priority"]) or _is_first(slide.data.get("priority"))):
+        if not changed or (written >= RANKED and not _is_first(slide.data.get("priority"))):
             continue
         if done % 20 == 0 and services.training.again(project):
             log.info("project=%d: %d ranks left to the training that waits", project, len(rows) - done)

@@ -14,14 +14,12 @@ _UNLIKE_MAX = 2
 class TaskFields:
     """Writes fields into the tasks of a project.
 
-    Until it has seen once that a task's other fields stayed, it looks at each task before and after: no version of Label Studio
-    promises it.
+    It looks at each task before and after: no version of Label Studio promises that the other fields stay.
     """
 
     def __init__(self, client: LabelStudioClient, project: int) -> None:
         self._client = client
         self._project = project
-        self._trusted = False
         self._unlike: list[str] = []
 
     def set(self, task: int, fields: Mapping[str, float | None]) -> None:
@@ -34,15 +32,13 @@ class TaskFields:
         TaskGone, LabelStudioUnreachable
             As of :class:`~backend.label_studio.client.LabelStudioClient`.
         """
-        before = None if self._trusted else self._client.task(task)
+        before = self._client.task(task)
         for name, value in fields.items():
             self._client.set_task_field(self._project, task, name, value)
-        if before is None:
-            return
         after = self._client.task(task)
         changed = [name for name in sorted({*before, *after} - set(fields)) if before.get(name) != after.get(name)]
         if not changed:
-            self._trusted = True
+            self._unlike.clear()
             return
         self._unlike.append(f"of task {task}: {', '.join(f'{n} was {before.get(n)!r:.200}' for n in changed)}")
         if len(self._unlike) >= _UNLIKE_MAX:

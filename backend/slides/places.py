@@ -19,7 +19,7 @@ from backend.addresses import label_studio_path, own_path
 from backend.errors import DownloadFailed, SlideNotFound, SourceError, SourceRefused, TaskFieldMissing
 from backend.redaction import shown_address
 from backend.settings import Settings
-from backend.stores import fsspec_url, how_to_allow, is_allowed
+from backend.stores import fsspec_url, how_to_allow, is_allowed, store_name
 
 PlaceKind = Literal["file", "label_studio", "fsspec", "http"]
 
@@ -145,7 +145,14 @@ def shown(value: str) -> str:
 
 def public(value: str) -> str:
     """A location for others to see: without its query (which may hold a signature) or a password."""
-    return shown_address(value) if _SCHEME.match(value) else value
+    match = _SCHEME.match(value)
+    if match is None:
+        return value
+    if store_name(value) in ("s3", "gs", "az"):
+        # The name of an object may hold any character: @, # and ? mean nothing in it.
+        bucket, slash, name = value[match.end() :].partition("/")
+        return shown_address(match[0] + bucket) + slash + name
+    return shown_address(value)
 
 
 def _is_ours(path: str, settings: Settings) -> bool:

@@ -158,9 +158,9 @@ def test_a_smart_tool_that_attention_cannot_be_pooled_over_is_answered_at_once_a
     assert "no answer" in caplog.text
 
 
-def test_the_config_that_came_last_with_a_question_counts_however_the_project_was_connected(settings, redis):
+def test_the_config_that_came_last_with_a_question_counts_however_the_project_was_connected(settings, redis, stand_in):
     """No event with our secret ever comes: the project was connected in Label Studio's settings."""
-    services = Services(settings(), redis)
+    services = Services(settings(model=str(stand_in)), redis)
     first, renamed = view(IMAGE, HEAT, DIAGNOSIS), view(IMAGE, HEAT, DIAGNOSIS.replace("diagnosis", "findings"))
     for config in (first, first):
         Predictor(services).predict([], project=7, label_config=config)

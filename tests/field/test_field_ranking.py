@@ -24,7 +24,7 @@ def test_a_large_project_gets_its_first_ranks_and_no_rank_of_earlier_stays_among
     )
     services = SimpleNamespace(client=None, training=SimpleNamespace(again=lambda _: False))
     done = ranking.write_ranks(services, 7, SimpleNamespace(slides=slides), snapshot, lambda *_: None)
-    first = set(range(ranking.RANKED)) - {7}
+    first = set(range(ranking.RANKED + 1)) - {7}
     assert set(written) == first | {7, 900} and done == len(written)
     assert written[7]["priority"] is None and written[900]["priority"] == 901
     assert written[0] == {"priority": 1, "novelty": 0.25, "confidence": 0.5}

@@ -28,7 +28,7 @@ from backend.errors import (
     TaskFieldMissing,
 )
 from backend.settings import Settings
-from backend.slides.places import classify
+from backend.slides.places import classify, public
 from backend.slides.source import SlideRef, SourceResolver
 
 Make = Callable[..., Settings]
@@ -659,3 +659,18 @@ def test_a_store_cannot_be_used_to_read_files_or_chains(settings: Make, root: Pa
 def test_a_store_whose_package_is_missing_is_a_setting_to_correct(settings: Make) -> None:
     with pytest.raises(SettingsError, match="nosuchstore"):
         SourceResolver(settings(remote_stores=("nosuchstore",))).resolve("nosuchstore://x.svs")
+
+
+@pytest.mark.parametrize(
+    ("value", "seen"),
+    [
+        ("s3://bucket/key@2x.svs", "s3://bucket/key@2x.svs"),
+        ("gs://b/c#1?.svs", "gs://b/c#1?.svs"),
+        ("azure-blob://b/a b.svs", "azure-blob://b/a b.svs"),
+        ("s3://id:secret@bucket/a.svs", "s3://…@bucket/a.svs"),
+        ("https://u:pw@h/a.svs?X-Amz-Signature=1", "https://…@h/a.svs"),
+        ("/slides/a@2x#1.svs", "/slides/a@2x#1.svs"),
+    ],
+)
+def test_a_location_is_shown_without_secrets_and_otherwise_whole(value, seen):
+    assert public(value) == seen
