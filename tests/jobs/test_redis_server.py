@@ -16,7 +16,7 @@ from redis import Redis
 
 from backend.errors import QueueUnavailable, SettingsError
 from backend.jobs.redis_server import EmbeddedRedis, connect, socket_path
-from backend.settings import Settings
+from backend.settings import Settings, load_settings
 
 SECOND_PROCESS = """
 import sys
@@ -157,14 +157,14 @@ def test_a_redis_that_is_down_is_named_without_its_password(tmp_path: Path) -> N
     settings = Settings(model_dir=tmp_path, redis_url="redis://user:geheim@127.0.0.1:1/0")
     with pytest.raises(QueueUnavailable) as caught:
         connect(settings)
-    assert "redis://127.0.0.1:1/0" in caught.value.message
+    assert "redis://…@127.0.0.1:1/0" in caught.value.message
     assert "geheim" not in str(caught.value)
     assert "geheim" not in repr(caught.value)
 
 
 def test_an_address_that_is_no_redis_url_is_a_bad_setting(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="REDIS_URL") as caught:
-        connect(Settings(model_dir=tmp_path, redis_url="http://me:geheim@localhost"))
+        connect(load_settings(model_dir=tmp_path, redis_url="http://me:geheim@localhost"))
     assert "geheim" not in str(caught.value)
 
 
