@@ -232,7 +232,9 @@ def import_(
 
 @app.command()
 def doctor(
-    slides: Annotated[list[Path] | None, typer.Argument(help="Slides to look at.", show_default=False)] = None,
+    slides: Annotated[
+        list[Path] | None, typer.Argument(help="Slides to look at, or folders of them.", show_default=False)
+    ] = None,
     mpp: Mpp = None,
     force: Force = False,
     picture: Annotated[

@@ -20,10 +20,10 @@ from PIL import Image
 
 from backend.commands.hints import explain
 from backend.commands.project_findings import project_findings
-from backend.errors import BackendError, LicenceNotAccepted, QueueUnavailable
+from backend.errors import BackendError, LicenceNotAccepted, QueueUnavailable, SlideNotFound
 from backend.inference.checkpoint import MMM_DISTRIBUTION, MMM_MODELS, file_sha256, identity_without_fetching, locate
 from backend.inference.key import analysis_digest
-from backend.jobs.devices import devices_from
+from backend.jobs.devices import devices_from, find_devices
 from backend.jobs.queue import BagQueue
 from backend.jobs.redis_health import examine_redis
 from backend.jobs.redis_server import connect
@@ -34,6 +34,7 @@ from backend.redaction import redactor_of, shown_address
 from backend.results.bag import MppSource
 from backend.results.store import ResultStore
 from backend.settings import Settings, licence_accepted
+from backend.slides.discover import find_slides
 from backend.slides.reader import open_slide
 from backend.slides.render import SHOWN_MAX_PX
 from backend.slides.tiling import locate_tissue, make_bag, slide_mpp
@@ -85,10 +86,11 @@ def examine(
     ]
     if project:
         checks.append((f"project {project}", lambda: _project(settings, project)))
-    for slide in map(Path, slides):
-        checks.append((slide.name, partial(_slide, settings, slide, mpp, force)))
-        if pictures is not None:
-            checks.append((slide.name, partial(_picture, settings, slide, mpp, force, Path(pictures))))
+    for path in map(Path, slides):
+        within = [] if path.is_dir() else [path]
+        if not within:
+            checks.append((path.name, partial(_folder, path, within)))
+        checks.append((path.name, partial(_slides, settings, within, mpp, force, pictures)))
     for subject, check in checks:
         for finding in _guarded(subject, check):
             yield replace(finding, text=redact(finding.text))
@@ -149,6 +151,11 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     devices = devices_from(settings.devices)
     cores = f"{os.cpu_count()} cores"
     yield Finding("ok", "devices", f"DEVICES={settings.devices}: {', '.join(devices)} ({cores}); one worker on each")
+    there, found = find_devices("auto")
+    if missing := [device for device in devices if device != "cpu" and device not in there]:
+        yield Finding(
+            "warning", "devices", f"{', '.join(missing)} may not be there: {found}. Correct DEVICES, or set it to auto"
+        )
     if devices == ["cpu"] and settings.precision != "float32":
         yield Finding("warning", "devices", f"PRECISION={settings.precision} is slower than float32 on most CPUs")
 
@@ -296,6 +303,27 @@ def _roots(settings: Settings) -> Iterator[Finding]:
         yield Finding("ok", "slide roots", ", ".join(map(str, settings.slide_roots)))
 
 
+def _folder(folder: Path, slides: list[Path]) -> Iterator[Finding]:
+    """What a folder holds; ``slides`` gets its slides."""
+    try:
+        found = find_slides(folder)
+    except SlideNotFound as error:
+        yield Finding("problem", folder.name, explain(error))
+        return
+    slides += found.slides
+    count = f"{len(slides)} slide{'s' if len(slides) > 1 else ''}"
+    yield Finding("ok", folder.name, f"{count} in this folder. {found.summary}".strip())
+
+
+def _slides(
+    settings: Settings, slides: Sequence[Path], mpp: float | None, force: bool, pictures: StrPath | None
+) -> Iterator[Finding]:
+    for slide in slides:
+        yield from _guarded(slide.name, partial(_slide, settings, slide, mpp, force))
+        if pictures is not None:
+            yield from _guarded(slide.name, partial(_picture, settings, slide, mpp, force, Path(pictures)))
+
+
 def _slide(settings: Settings, path: Path, mpp: float | None, force: bool) -> Iterator[Finding]:
     try:
         with open_slide(path, settings) as slide:
@@ -332,7 +360,7 @@ def _picture(settings: Settings, path: Path, mpp: float | None, force: bool, fol
         folder.mkdir(parents=True, exist_ok=True)
         picture.save(target, "PNG")
     except BackendError as error:
-        yield Finding("problem", path.name, f"no picture of its tissue: {explain(error)}")
+        yield Finding("problem", path.name, f"no picture of its tissue: {error.message}")
     except OSError as error:
         yield Finding("problem", path.name, f"{target} cannot be written: {error.strerror}")
     else:
