@@ -21,6 +21,7 @@ from backend.slides.companions import is_hamamatsu_index, named_files
 from backend.slides.dicom_header import DicomHeader
 from backend.slides.dicom_series import header_of, opening_file, series_in
 from backend.slides.file_kinds import SLIDE_SUFFIXES, Kind, accompanying, kind_of
+from backend.slides.tissue_file import ENDINGS as MASK_ENDINGS
 
 _RESULTS, _RESULT_PICTURES = frozenset(("result.h5", "regions.json")), frozenset(("heatmap.png", "tissue.png"))
 _MIRAX_INDEX, _MIRAX_PARTS = "Slidedat.ini", (".dat", ".ini")
@@ -36,6 +37,7 @@ class Why(Enum):
     NO_PYRAMID = ("DICOM series without the slide itself", "DICOM series without the slide itself")
     DAMAGED_DICOM = ("DICOM file with a damaged header", "DICOM files with damaged headers")
     BESIDE = ("picture that accompanies a slide", "pictures that accompany slides")
+    MASK = ("mask of tissue", "masks of tissue")
     RESULT = ("picture that `predict` wrote", "pictures that `predict` wrote")
     SAME = ("second name of a slide", "second names of slides")
     COPY = ("copy of a DICOM slide", "copies of DICOM slides")
@@ -161,7 +163,7 @@ class _Search:
         orders |= {opening: orders[path] for opening, path in dicom.items()}
         for path in list(accompanying(slides, dicom)):
             del slides[path]
-            self._pass(path, Why.BESIDE, path.name)
+            self._pass(path, Why.MASK if path.name.lower().endswith(MASK_ENDINGS) else Why.BESIDE, path.name)
         for path, first in second_names:
             if path != first and (first in slides or first in dicom):
                 self._pass(path, Why.SAME, f"{path.name} of {first.name}")
@@ -169,7 +171,9 @@ class _Search:
         return Found(found, sorted(self._passed, key=lambda passed: passed.path))
 
     def _may_be_slide(self, path: Path, kind: Kind) -> bool:
-        if kind is Kind.NONE:
+        if kind is Kind.NONE and path.name.lower().endswith(MASK_ENDINGS):
+            self._pass(path, Why.MASK, path.name)
+        elif kind is Kind.NONE:
             self._pass(path, Why.NO_FORMAT, path.suffix.lower() or "no ending")
         elif kind is Kind.UNREADABLE:
             self._pass(path, Why.UNREADABLE, path.name)

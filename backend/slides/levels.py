@@ -139,7 +139,7 @@ class LevelSlide(ABC):
     def _take_verdict(self, level: int, verdict: Verdict) -> None:
         width, height = self._file_sizes[level]
         if verdict.fit is None:
-            log.warning("%s: level %d is not used: %s", self._name, level, verdict.reason)
+            log.info("%s: level %d is not used: %s", self._name, level, verdict.reason)
             self._note(f"Level {level} ({width} x {height} pixels) is not used: {verdict.reason}.")
             self._broken_levels |= {level}
         elif verdict.fit.how == "padded":
