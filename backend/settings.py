@@ -405,7 +405,7 @@ def load_settings(**overrides: Any) -> Settings:
         found = error.errors(include_input=False, include_url=False)
         # One about several settings names them itself.
         lines = [": ".join(filter(None, (".".join(map(str, e["loc"])).upper(), _said(e["msg"])))) for e in found]
-        raise SettingsError("; ".join(lines), hint="`wsc-backend doctor` lists every setting.") from None
+        raise SettingsError("; ".join(lines), hint="`wsc-backend settings` lists every setting.") from None
 
 
 def _said(message: str) -> str:

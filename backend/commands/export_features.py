@@ -238,7 +238,11 @@ def results_of_store(store: ResultStore) -> list[Source]:
     """
     found = [of_key(store, key) for key in sorted(store.keys())]
     if not found:
-        raise ResultNotFound(f"Nothing is stored in {store.url}.", hint="Have slides analysed first.")
+        raise ResultNotFound(
+            f"Nothing is stored in {store.url}.",
+            hint="There lies what workers analysed for Label Studio. Give what `predict` wrote as a folder, "
+            "or have slides analysed first.",
+        )
     return found
 
 
