@@ -37,7 +37,7 @@ from backend.slides.mpp import given_scale_note
 from backend.slides.reader import open_slide
 from backend.slides.render import SHOWN_MAX_PX, overlay, shown_size
 from backend.slides.source import SlideRef, file_identity
-from backend.slides.tiling import slide_grid
+from backend.slides.tiling import locate_tissue, slide_grid
 from backend.slides.tissue_file import tissue_file_beside
 from backend.slides.tissue_picture import draw_tissue
 
@@ -47,6 +47,11 @@ if TYPE_CHECKING:  # a call that finds all results there loads no torch
 log = logging.getLogger(__name__)
 
 PICTURE, TISSUE, REGIONS, TILES = "heatmap.png", "tissue.png", "regions.json", "tiles.geojson"
+
+_REPLACED = (
+    "An earlier result was replaced: it was made with another scale, mask, model or setting, or of a file that has "
+    "changed since. To keep both, give another --out."
+)
 
 Origin = Literal["analysed", "folder", "store"]
 
@@ -185,7 +190,9 @@ class _Call:
         if self._mpp is None and self._is_there(slide, key := bag_key(ref, self._model, self._settings)):
             return key
         with open_slide(slide, self._settings) as opened:
-            _, _, source = slide_grid(opened, self._settings, task_mpp=self._mpp, mpp_override=self._force)
+            _, scale_used, source = slide_grid(opened, self._settings, task_mpp=self._mpp, mpp_override=self._force)
+            if mask is not None:
+                locate_tissue(opened, self._settings, scale_used, mask)  # a mask that is no use is said now
             scale = opened.scale
         if source == "slide":  # the key of a task is of the same kind: a scale that is not used is not in it
             ref = replace(ref, mpp=None)
@@ -219,9 +226,13 @@ class _Call:
             tissue_file=mask,
         )
         progress("write", len(result.bag), len(result.bag))
+        there = written_there(folder)
         folder = self._write(slide, key, result, folder)
         origin: Origin = "store" if stored else "analysed"
-        return Outcome(slide, folder, result.bag, origin, notes=self._notes(slide, result.bag))
+        notes = self._notes(slide, result.bag)
+        if there[0] == slide_id(slide) and there[1] != key:
+            notes += (_REPLACED,)
+        return Outcome(slide, folder, result.bag, origin, notes=notes)
 
     def _notes(self, slide: Path, bag: Bag) -> tuple[str, ...]:
         unused = self._unused.get(slide)

@@ -20,6 +20,7 @@ from backend.slides.dicom_series import is_dicom
 
 RESULT = "result.h5"
 _SUFFIX_LENGTHS = (8, 40)
+_NAME_BYTES = 255 - 1 - max(_SUFFIX_LENGTHS)  # of the 255 of nearly all file systems
 _PROBE_BYTES = 2**18
 
 
@@ -89,7 +90,7 @@ class ResultFolders:
             What is written there cannot be read, or every name is taken.
         """
         own, name = slide_id(slide), _name(slide)
-        folders = [self._out / f"{name}-{own[:length]}" for length in _SUFFIX_LENGTHS]
+        folders = [self._out / f"{_cut(name)}-{own[:length]}" for length in _SUFFIX_LENGTHS]
         plain = self._out / name
         with writing_to(self._out):
             for folder in (plain, *folders):
@@ -157,6 +158,13 @@ def written_there(folder: Path) -> tuple[str, str]:
 
 def _is_free(folder: Path) -> bool:
     return not os.path.lexists(folder / RESULT) and (folder.is_dir() or not os.path.lexists(folder))
+
+
+def _cut(name: str) -> str:
+    """``name``, short enough for a suffix to follow."""
+    while len(os.fsencode(name)) > _NAME_BYTES:
+        name = name[:-1]
+    return name
 
 
 def _name(slide: Path) -> str:

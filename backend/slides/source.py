@@ -314,13 +314,15 @@ def file_identity(path: StrPath) -> str:
     SlideNotFound
         There is no such file.
     SourceRefused
-        This process may not read it.
+        This process may not read it, or it is a folder.
     """
     path = Path(path)
     try:
         parts = [str(path), *_stamps([path, *companion_files(path)])]
     except FileNotFoundError as error:
         raise SlideNotFound(f"There is no file {shown(str(path))}.") from error
+    except IsADirectoryError as error:
+        raise SourceRefused(f"{shown(str(path))} is a folder.", hint="It must be one file.") from error
     except PermissionError as error:
         raise SourceRefused(
             f"{shown(str(path))} cannot be read: {error.strerror}.",

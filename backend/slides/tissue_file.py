@@ -10,6 +10,7 @@ A PNG covers the slide's rectangle, at any size of the same shape. Tissue is wha
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -61,7 +62,16 @@ def places_beside(slide: Path) -> list[Path]:
 
 def tissue_file_beside(slide: StrPath) -> Path | None:
     """The mask that lies beside a slide's file (not beside a link to it), if one does."""
-    return next((place for place in places_beside(Path(os.path.realpath(slide))) if place.exists()), None)
+    return next((place for place in places_beside(Path(os.path.realpath(slide))) if _exists(place)), None)
+
+
+def _exists(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # as the ending may make it
+            raise
+        return False
 
 
 def read_tissue_file(

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 import backend.commands.predict as predict_module
 from backend.cli import app
+from backend.commands.doctor import examine
 from backend.commands.predict import Outcome, predict_files
 from backend.errors import OutputUnusable, SlideNotFound, SlideUnreadable
 from backend.inference.engine import Engine, load_engine
@@ -186,13 +187,14 @@ def test_what_accompanies_slides_is_passed_over_and_said(small: Path, tmp_path: 
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (600, 400), "pink").save(tmp_path / name)
     shutil.copy(small, tmp_path / "c_mask.tiff")
+    (tmp_path / "a.tissue.geojson").write_text("{}")
     for name in ("a.xml", "b.xml", "a.geojson", "features.h5", ".DS_Store", "Thumbs.db"):
         (tmp_path / name).write_bytes(b"<?xml?>")
     found = find_slides(tmp_path)
     assert names(found) == ["a.tif", "b.tiff", "c.tiff"]
     assert found.summary == (
-        "Passed over: 5 files of no slide format (.xml 2, .db 1, .geojson 1, .h5 1), 7 pictures that accompany slides "
-        "(a.jpg, a_thumbnail.jpg, b.tissue.png, c_mask.tiff, …)."
+        "Passed over: 5 files of no slide format (.xml 2, .db 1, .geojson 1, .h5 1), 6 pictures that accompany slides "
+        "(a.jpg, a_thumbnail.jpg, c_mask.tiff, c_tissue_mask.png, …), 2 masks of tissue (a.tissue.geojson, b.tissue.png)."
     )
 
 
@@ -508,6 +510,49 @@ def test_a_place_that_takes_no_more_is_said_before_the_work(small: Path, tmp_pat
             predict_files([small], tmp_path / "out", ours, no_model)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_name_as_long_as_names_can_be_is_analysed(
+    small: Path, tmp_path: Path, engine: Engine, ours: Settings
+) -> None:
+    """It leaves no room for the ending of a mask."""
+    slide = tmp_path / f"{'l' * 251}.tif"
+    shutil.copy(small, slide)
+    [outcome] = predict_files([slide], tmp_path / "out", ours, engine)
+    assert outcome.error is None and outcome.folder is not None
+
+
+def test_a_mask_that_is_no_use_is_said_before_the_work(small: Path, tmp_path: Path, ours: Settings) -> None:
+    put(small, tmp_path / "a.tif", tmp_path / "b.tif")
+    (tmp_path / "a.tissue.geojson").write_text("{}")
+    (tmp_path / "b.tissue.png").mkdir()
+    slides = [tmp_path / "a.tif", tmp_path / "b.tif"]
+    a, b = predict_files(slides, tmp_path / "out", ours, no_model)
+    assert "holds no polygon" in str(a.error)
+    assert "b.tissue.png' is a folder. It must be one file." in str(b.error)
+
+
+def test_a_result_that_is_replaced_by_one_of_another_scale_is_said(
+    small: Path, tmp_path: Path, engine: Engine, ours: Settings
+) -> None:
+    def predict(**options: float | bool) -> tuple[str, ...]:
+        [outcome] = predict_files([small], tmp_path / "out", ours, engine, **options)  # type: ignore[arg-type]
+        return outcome.notes
+
+    assert not any("replaced" in note for note in predict())
+    assert not any("replaced" in note for note in predict(again=True))
+    assert any("An earlier result was replaced" in note for note in predict(mpp=0.4, force=True))
+
+
+def test_doctor_looks_into_folders(small: Path, tmp_path: Path, ours: Settings) -> None:
+    put(small, tmp_path / "slides" / "a.tif", tmp_path / "slides" / "deep" / "b.tif")
+    (tmp_path / "slides" / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    findings = list(examine(ours, [tmp_path / "slides", tmp_path / "empty"]))
+    said = [(finding.verdict, finding.subject, finding.text) for finding in findings]
+    at = said.index(("ok", "slides", "2 slides in this folder. Passed over: 1 file of no slide format (.txt 1)."))
+    assert [subject for _, subject, _ in said[at + 1 :]] == ["a.tif", "b.tif", "empty"]
+    assert said[-1][0] == "problem" and "No slide was found" in said[-1][2]
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
