@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from backend.cli_parts import StageBar, console, errors, quiet_log
+from backend.errors import ResultDamaged
 from backend.settings import load_settings
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ def _told(done: Sequence[Exported], out: Path, layout: str) -> bool:
     """Print what became of each result; whether none failed."""
     for one in done:
         if one.error is not None:
-            errors.print(f"{one.name or one.source.place}: {one.error}", style="red", markup=False, highlight=False)
+            of_predict = isinstance(one.error, ResultDamaged) and Path(one.source.place).is_file()
+            hint = ". Delete it, and run `predict` again." if of_predict else ""
+            errors.print(f"{one.source.place}: {one.error}{hint}", style="red", markup=False, highlight=False)
         elif one.passed_over:
             errors.print(f"{one.name} ({one.source.place}): {one.passed_over}", markup=False, highlight=False)
         elif not one.placed:

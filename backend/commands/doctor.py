@@ -23,7 +23,7 @@ from backend.commands.project_findings import project_findings
 from backend.errors import BackendError, LicenceNotAccepted, QueueUnavailable, SlideNotFound
 from backend.inference.checkpoint import MMM_DISTRIBUTION, MMM_MODELS, file_sha256, identity_without_fetching, locate
 from backend.inference.key import analysis_digest
-from backend.jobs.devices import devices_from, find_devices
+from backend.jobs.devices import count_cuda, devices_from
 from backend.jobs.queue import BagQueue
 from backend.jobs.redis_health import examine_redis
 from backend.jobs.redis_server import connect
@@ -151,8 +151,8 @@ def _devices(settings: Settings) -> Iterator[Finding]:
     devices = devices_from(settings.devices)
     cores = f"{os.cpu_count()} cores"
     yield Finding("ok", "devices", f"DEVICES={settings.devices}: {', '.join(devices)} ({cores}); one worker on each")
-    there, found = find_devices("auto")
-    if missing := [device for device in devices if device != "cpu" and device not in there]:
+    count, found = count_cuda()
+    if missing := [device for device in devices if device not in ("cpu", *(f"cuda:{i}" for i in range(count)))]:
         yield Finding(
             "warning", "devices", f"{', '.join(missing)} may not be there: {found}. Correct DEVICES, or set it to auto"
         )

@@ -54,7 +54,7 @@ def find_devices(setting: str) -> tuple[list[str], str]:
         ``setting`` is neither ``auto`` nor a list of ``cpu`` and ``cuda:N``, or names a device twice.
     """
     if setting.strip() == "auto":
-        count, found = _count_cuda()
+        count, found = count_cuda()
         return ([f"cuda:{i}" for i in range(count)], found) if count else (["cpu"], f"{found}, so the CPU is used")
     devices = [name.strip() for name in setting.split(",")]
     if not all(re.fullmatch(r"cpu|cuda:\d+", name) for name in devices) or len(set(devices)) < len(devices):
@@ -64,7 +64,8 @@ def find_devices(setting: str) -> tuple[list[str], str]:
     return devices, "as asked for"
 
 
-def _count_cuda() -> tuple[int, str]:
+def count_cuda() -> tuple[int, str]:
+    """How many CUDA devices there are, without asking CUDA, and the words for how that was found."""
     visible = os.environ.get(VISIBLE)
     if visible is not None:
         return len(_visible_entries(visible)), f"{VISIBLE}={visible!r}"

@@ -555,6 +555,13 @@ def test_doctor_looks_into_folders(small: Path, tmp_path: Path, ours: Settings) 
     assert said[-1][0] == "problem" and "No slide was found" in said[-1][2]
 
 
+def test_doctor_doubts_cuda_devices_that_are_not_there(ours: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    asked = ours.model_copy(update={"devices": "cpu,cuda:0,cuda:7"})
+    said = [finding.text for finding in examine(asked, []) if finding.subject == "devices"]
+    assert said[1] == "cuda:7 may not be there: CUDA_VISIBLE_DEVICES='0'. Correct DEVICES, or set it to auto"
+
+
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
