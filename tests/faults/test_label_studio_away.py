@@ -43,7 +43,7 @@ FAULTS: dict[str, tuple[Breaker, str]] = {
     "token refused (401)": (token_refused, "refuses the token (401)"),
     "slower than is waited for, and stores": (
         lambda studio: answering(studio, Fault(after_s=2.5, effect=True)),
-        "does not answer (ReadTimeout)",
+        "does not answer: no answer came in time",
     ),
     "cuts connections after storing": (
         lambda studio: answering(studio, Fault(cut=True, effect=True)),
